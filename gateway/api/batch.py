@@ -27,8 +27,8 @@ from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import Status, TaskKey
 from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.progress.service import ProgressService
-from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import Subscriber, Update
+from gateway.watch.hub import WatchHub
+from gateway.watch.subscriber import Subscriber, SubscriptionKind, Update
 
 
 class BatchEndpoint:
@@ -122,21 +122,23 @@ class BatchEndpoint:
         missing = [key for key, result in cached.items() if result is None]
         if not missing:
             return [result for result in cached.values() if result is not None]
-        await take_turn(scope, tasks=len(missing))
         client = client_key(scope)
         read: list[FoundSnapshot | LookupFailure]
         with ExitStack() as stack:
             try:
-                stack.enter_context(self._clients.waiting(scope, len(missing)))
+                stack.enter_context(self._hub.waiting_tasks.counted(client, len(missing)))
             except Overloaded as exc:
+                refusal = _without_traceback(exc)
                 read = [
-                    self._service.get_without_query(key, exc, seen_revision=seen.get(key, 0))
+                    self._service.get_without_query(key, refusal, seen_revision=seen.get(key, 0))
                     for key in missing
                 ]
-                refused = [each for each in read if isinstance(each, LookupFailure) and each.failure is exc]
-                if len(refused) == len(keys) and not others_known:
+                refused = sum(isinstance(each, LookupFailure) and each.failure is refusal for each in read)
+                if refused == len(keys) and not others_known:
+                    del read
                     raise
             else:
+                await take_turn(scope, tasks=len(missing))
                 read = await all_while_connected(
                     scope,
                     receive,
@@ -164,24 +166,36 @@ class BatchEndpoint:
         """Wait until the representation differs from the client's, or every task has ended.
 
         Without If-None-Match, it must differ from the one on arrival. Only the hub's schedules call the
-        upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`.
+        upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`. When too many tasks wait
+        already, those that are not cached fail.
+
+        Raises: ClientDisconnect when the client disconnects first, Overloaded when all tasks would fail.
         """
-        await take_turn(scope, tasks=len(keys))
-        await self._service.read_arrived_messages()
-        on_arrival = self._on_arrival(keys, seen)
-        stale = {key: self._stale_code(key) for key in on_arrival}
-        latest = _Latest(keys, on_arrival, stale, if_none_match)
-        with (
-            self._clients.subscription(scope),
-            self._hub.subscribe(
-                keys, SubscriptionKind.LONGPOLL, client=client_key(scope), seen_revisions=seen
-            ) as subscriber,
-        ):
-            async with DisconnectListener(scope, receive, subscriber.disconnect, tasks=len(keys)):
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(wait):
-                        await latest.wait_for_change(subscriber)
-            await self._service.read_arrived_messages()
+        client = client_key(scope)
+        watched, refusal = keys, None
+        with self._clients.subscription(scope):
+            try:
+                with self._hub.admit(keys, client=client) as new_tasks:
+                    await take_turn(scope, tasks=new_tasks)
+                    await self._service.read_arrived_messages()
+            except Overloaded as exc:
+                refusal = _without_traceback(exc)
+                watched = [key for key in keys if self._hub.is_known(key)]
+                if not watched:
+                    raise
+            on_arrival = self._on_arrival(watched, seen)
+            stale = {key: self._stale_code(key) for key in on_arrival}
+            if refusal is not None:
+                on_arrival |= {key: _Item.of(refusal) for key in keys if key not in watched}
+            latest = _Latest(keys, on_arrival, stale, if_none_match)
+            with self._hub.subscribe(
+                watched, SubscriptionKind.LONGPOLL, client=client, seen_revisions=seen
+            ) as subscriber:
+                async with DisconnectListener(scope, receive, subscriber.disconnect, tasks=len(watched)):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(wait):
+                            await latest.wait_for_change(subscriber)
+                await self._service.read_arrived_messages()
         known: dict[TaskKey, FoundSnapshot | LookupFailure] = {}
         for key in keys:
             failure = latest.failure(key)
@@ -272,6 +286,11 @@ class _Latest:
 
     def _digest(self) -> str:
         return _digest(self._latest[key].text(self._stale.get(key)) for key in self._keys)
+
+
+def _without_traceback(failure: Overloaded) -> Overloaded:
+    """Return an equal failure. A traceback would refer to the frame whose variables refer to the failure."""
+    return Overloaded(str(failure), retry_after=failure.retry_after)
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Limits per client: tasks per second, open subscriptions, and tasks of batches that wait for the upstream.
+"""Limits per client: tasks per second, and open subscriptions.
 
 Each client has a token bucket, stored as one float as in the generic cell rate algorithm (ITU-T I.371,
 "virtual scheduling"): the time at which the bucket will be full again. A request is admitted when a token is
@@ -24,19 +24,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import operator_endpoints
 from gateway.api.requests import client_host
-from gateway.domain.errors import Overloaded, TooManyRequests
+from gateway.domain.errors import TooManyRequests
 
 # About 5 MB of buckets. A client with more addresses than this can evade the limit.
 _MAX_CLIENTS = 16_384
 _TOLERANCE_SECONDS = 1e-9  # rounding error of sums of intervals
 _NETWORK_BYTES = 8  # a /64, in which one customer can use any address (RFC 6177, RFC 4291)
 _SUBSCRIPTION_RETRY_SECONDS = 5.0
-# Tasks of batches that wait for upstream calls, of all clients and of each. A task takes 12.5 KiB meanwhile.
-MAX_WAITING_TASKS = 8_000
-MAX_WAITING_TASKS_PER_CLIENT = 4_000
-# More may wait of clients with few waiting tasks, so that two clients cannot keep all others from waiting.
-RESERVED_WAITING_TASKS = 4_000
-MAX_RESERVED_PER_CLIENT = 100
 _NO_LIMIT = nullcontext()
 
 
@@ -94,7 +88,6 @@ class ClientLimits:
         self._limiter = limiter
         self._max_subscriptions = max_subscriptions
         self._subscriptions: Counter[bytes] = Counter()
-        self._waiting_tasks: Counter[bytes] = Counter()
 
     def charge(self, scope: Scope, tasks: int) -> None:
         """Take the tokens of an admitted request for `tasks` tasks."""
@@ -107,29 +100,6 @@ class ClientLimits:
         Raises: TooManyRequests on entering, when the client has reached its maximum.
         """
         return self._counted(bucket_key(client_host(scope))) if self._max_subscriptions else _NO_LIMIT
-
-    @contextmanager
-    def waiting(self, scope: Scope, tasks: int) -> Iterator[None]:
-        """Count the tasks of a batch that wait for upstream calls while the context is open.
-
-        Raises: Overloaded when too many tasks wait already, of this client or of all clients.
-        """
-        key = client_key(scope)
-        of_client, of_all = self._waiting_tasks[key], self._waiting_tasks.total()
-        is_small = of_client + tasks <= MAX_RESERVED_PER_CLIENT
-        most = MAX_WAITING_TASKS + (RESERVED_WAITING_TASKS if is_small else 0)
-        # A batch may be larger than the limits (`limits.max_tasks_per_request`), if no other one waits.
-        if (of_client and of_client + tasks > MAX_WAITING_TASKS_PER_CLIENT) or (
-            of_all and of_all + tasks > most
-        ):
-            raise Overloaded("too many tasks of batches wait for upstream calls", retry_after=1.0)
-        self._waiting_tasks[key] += tasks
-        try:
-            yield
-        finally:
-            self._waiting_tasks[key] -= tasks
-            if not self._waiting_tasks[key]:
-                del self._waiting_tasks[key]
 
     @contextmanager
     def _counted(self, key: bytes) -> Iterator[None]:

@@ -37,8 +37,8 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import TaskKey
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import OverdueState, Subscriber, Update
+from gateway.watch.hub import WatchHub
+from gateway.watch.subscriber import OverdueState, Subscriber, SubscriptionKind, Update
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -97,12 +97,14 @@ class EventsEndpoint:
         with self._clients.subscription(scope):
             # Before the first `await`: requests that arrive together must not all pass before one has paid.
             self._clients.charge(scope, len(keys))
-            await take_turn(scope, tasks=len(keys))
-            await self._hub.read_arrived_messages()
+            client = client_key(scope)
+            with self._hub.admit(keys, client=client) as new_tasks:
+                await take_turn(scope, tasks=new_tasks)
+                await self._hub.read_arrived_messages()
             with self._hub.subscribe(
                 keys,
                 SubscriptionKind.EVENTS,
-                client=client_key(scope),
+                client=client,
                 seen_revisions=self._seen_revisions(keys, last_event_id),
             ) as subscriber:
                 # Registered before the first `send`: the client may leave while that waits for a full socket.

@@ -25,8 +25,8 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.progress.service import ProgressService
-from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import Subscriber, Update
+from gateway.watch.hub import WatchHub
+from gateway.watch.subscriber import Subscriber, SubscriptionKind, Update
 
 
 class ProgressEndpoint:
@@ -85,7 +85,9 @@ class ProgressEndpoint:
 
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
         """
-        await self._service.read_arrived_messages()
+        client = client_key(scope)
+        with self._hub.admit([key], client=client):
+            await self._service.read_arrived_messages()
         seen_revision = seen_revision_of(self._service, self._tags, key, if_none_match)
         on_arrival = self._service.peek(key, seen_revision)
         had_snapshot = on_arrival is not None
@@ -98,11 +100,11 @@ class ProgressEndpoint:
             self._hub.subscribe(
                 [key],
                 SubscriptionKind.LONGPOLL,
-                client=client_key(scope),
+                client=client,
                 seen_revisions={key: seen_revision} if seen_revision else {},
             ) as subscriber,
         ):
-            async with DisconnectListener(scope, receive, subscriber.disconnect):
+            async with DisconnectListener(scope, receive, subscriber.disconnect, tasks=1):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await change.wait(subscriber)

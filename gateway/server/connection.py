@@ -30,6 +30,7 @@ from uvicorn.server import ServerState
 from gateway.api.problems import INTERNAL_ERROR, status_and_title
 from gateway.api.server_extensions import CONNECTION, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
+from gateway.domain.paced_calls import PacedCalls
 from gateway.server.client_transport import ClientTransport
 from gateway.server.error_response import render_closing_response
 from gateway.server.exchange import Exchange, MakeExchange, make_scope
@@ -43,7 +44,6 @@ from gateway.server.framing import (
     parse_head,
     remove_empty_lines,
 )
-from gateway.server.paced_calls import PacedCalls
 
 _BODY_GRACE_SECONDS = 2.0  # lets an application with its own body timeout answer first
 _LAST_REQUEST_SECONDS = 0.5  # longer than a round trip, and short compared with a grace period

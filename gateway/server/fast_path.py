@@ -83,8 +83,12 @@ class SimpleMiss(Exchange):
         self._task: asyncio.Task[None] | None = None
 
     def disconnect(self) -> None:
-        """Stop waiting."""
+        """Stop waiting; the application then writes the log. Of many clients that leave together, in turn."""
         super().disconnect()
+        if self._task is not None:
+            self._connection.pace.add(self._task.get_loop(), self._cancel, weight=1)
+
+    def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
@@ -93,6 +97,9 @@ class SimpleMiss(Exchange):
         self._task = asyncio.current_task()
         try:
             response, request_id = await self._hits.wait(self._key, self._traits, self.scope)
+            self._task = None
+            if self.disconnected:
+                return
             head = self._heads.render(response, self._default_headers)
         except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001  # the application reports it
             self._task = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from starlette.types import ASGIApp
 
 from gateway.api.cached_responses import CachedResponses
+from gateway.domain.paced_calls import PacedCalls
 from gateway.server.connection import Connection
 from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection, HeadRenderer
-from gateway.server.paced_calls import PacedCalls
 
 
 def make_protocol_class(

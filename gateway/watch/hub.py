@@ -28,28 +28,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from types import MappingProxyType
 
 from gateway.domain.errors import GatewayError, Overloaded
+from gateway.domain.paced_calls import PacedCalls
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.progress.service import ProgressService
+from gateway.progress.waiting_tasks import WaitingTasks
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import Store
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.refresher import Refresher, WatchedTask
-from gateway.watch.subscriber import OverdueState, Subscriber, Update
+from gateway.watch.refresher import Refresher
+from gateway.watch.subscriber import OverdueState, Subscriber, SubscriptionKind, Update
+from gateway.watch.watched_task import WatchedTask
 
 # Each iteration of the event loop publishes one snapshot, and an eighth of all that are not yet published.
 _BACKLOG_DIVISOR = 8
-
-
-class SubscriptionKind(StrEnum):
-    """How a client follows a task: by an event stream or by a long poll."""
-
-    EVENTS = "events"
-    LONGPOLL = "longpoll"
+# Subscribers that wake in one iteration: a long poll takes 60 microseconds to respond.
+_WAKES_PER_ITERATION = 50
 
 
 # Writes an update to the connections that can take it now, and returns all other subscribers.
@@ -60,8 +57,8 @@ class WatchHub:
     """Holds every subscriber, and one schedule for each watched task.
 
     The attribute `deliver_directly` is called with each update and its recipients. It returns the subscribers
-    that must keep the update as unsent: by default, all recipients. `clock` is the clock of
-    `Snapshot.fetched_at`.
+    that must keep the update as unsent: by default, all recipients. `waiting_tasks` counts the watched tasks
+    without a snapshot. `clock` is the clock of `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -75,7 +72,9 @@ class WatchHub:
     ) -> None:
         self._settings = settings
         self._service = service
+        self.waiting_tasks = WaitingTasks()
         self._last_known = store.last_known
+        self._wakes = PacedCalls(per_iteration=_WAKES_PER_ITERATION)
         self._watched: dict[TaskKey, WatchedTask] = {}
         self._subscribers: set[Subscriber] = set()
         self._overdue_keys: set[TaskKey] = set()
@@ -83,7 +82,6 @@ class WatchHub:
             service,
             publish_unpublished=self._publish_unpublished,
             publish=self._publish,
-            mark_not_found=self._mark_not_found,
             set_overdue_error=self._set_overdue_error,
             report_overdue=self._report_overdue,
             unknown_task_seconds=settings.unknown_task_seconds,
@@ -98,6 +96,20 @@ class WatchHub:
         metrics.watched_tasks.set_function(self._watched.__len__)
         metrics.overdue_tasks.set_function(self._overdue_keys.__len__)
         store.add_snapshot_listener(self._add_unpublished, is_watched=self._watched.__contains__)
+
+    @contextmanager
+    def admit(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
+        """Keep room for those of these tasks that would wait for their first response.
+
+        Call `subscribe` without an `await` after this context. Yield the number of schedules that it will
+        start. Raises: Overloaded when there is no room.
+        """
+        with self.waiting_tasks.counted(client, sum(not self.is_known(key) for key in keys)):
+            yield sum(key not in self._watched for key in keys)
+
+    def is_known(self, key: TaskKey) -> bool:
+        """Tell whether a task is watched already, or the store has a snapshot of it, however old."""
+        return key in self._watched or self._last_known(key) is not None
 
     @contextmanager
     def subscribe(
@@ -121,6 +133,7 @@ class WatchHub:
         subscriber = Subscriber(
             keys,
             client,
+            wakes=self._wakes,
             seen_revisions=seen_revisions,
             load_body=self._publish_and_load_body,
             refetch=self._refetch,
@@ -171,6 +184,9 @@ class WatchHub:
             self._set_overdue_error(
                 watched, self._service.overdue_rules.error(key) if result is not None else None
             )
+            if self._last_known(key) is None:
+                watched.counted_for = subscriber.client
+                self.waiting_tasks.add(subscriber.client)
             self._refresher.start(watched)
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
@@ -209,7 +225,14 @@ class WatchHub:
         if not watched.subscribers:
             del self._watched[key]
             self._overdue_keys.discard(key)
+            self._end_waiting(watched)
             self._refresher.stop(watched)
+
+    def _end_waiting(self, watched: WatchedTask) -> None:
+        """Stop counting a task as one that waits for its first response."""
+        if watched.counted_for is not None:
+            self.waiting_tasks.remove(watched.counted_for)
+            watched.counted_for = None
 
     def _add_unpublished(self, snapshot: Snapshot) -> None:
         watched = self._watched.get(snapshot.key)
@@ -250,7 +273,8 @@ class WatchHub:
             # snapshot, it may report one that is not terminal.
             return
         if update.snapshot is not None:
-            self._mark_found(watched)
+            self._end_waiting(watched)
+            watched.mark_found()
         recipients = (
             watched.subscribers_awaiting_refresh
             if update.has_same_content(watched.published_update)
@@ -300,20 +324,6 @@ class WatchHub:
         state = OverdueState(watched.key, watched.overdue_error, snapshot.fetched_at)
         for subscriber in subscribers:
             subscriber.put_overdue_state(state)
-
-    def _mark_not_found(self, watched: WatchedTask) -> None:
-        watched.not_found = True
-        for subscriber in watched.subscribers:
-            if watched.key not in subscriber.not_found_keys:
-                subscriber.not_found_keys |= {watched.key}
-                subscriber.wake()
-
-    def _mark_found(self, watched: WatchedTask) -> None:
-        watched.rejected_since = None
-        if watched.not_found:
-            watched.not_found = False
-            for subscriber in watched.subscribers:
-                subscriber.not_found_keys -= {watched.key}
 
     def _publish_and_load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
         """Publish the unpublished snapshot, if any; then return the latest snapshot with its body, or None.

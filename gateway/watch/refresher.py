@@ -24,7 +24,6 @@ import math
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import structlog
@@ -36,7 +35,8 @@ from gateway.progress.outcomes import LookupFailure
 from gateway.progress.service import ProgressService
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.watch.coalesced_timers import CoalescedTimers
-from gateway.watch.subscriber import Subscriber, Update
+from gateway.watch.subscriber import Update
+from gateway.watch.watched_task import WatchedTask
 
 _MIN_INTERVAL_SECONDS = 0.2  # between two refreshes, even with shorter lifetimes
 # A timer may fire a millisecond early. Without this margin the snapshot would then still be fresh, the
@@ -55,46 +55,6 @@ _INTERNAL_ERROR = GatewayError("internal error; see the log of the gateway")
 log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class WatchedTask:
-    """The state of one watched task.
-
-    Attributes:
-        key: The watched task.
-        subscribers: All subscribers of the task.
-        subscribers_awaiting_refresh: Subscribers that were not sent `published_update`. They receive the
-            result of the next refresh, even if it has the same content. Either `published_update` could not
-            be sent when the subscriber joined (`WatchHub`), or the store has evicted the body of an unsent
-            update, or the client of the subscriber has received a newer snapshot.
-        published_update: The last published update, without a large body. At the start of the schedule, the
-            cached snapshot, or None.
-        unpublished_snapshot: A newer snapshot, which the store has reported. It will be published in one of
-            the next iterations of the event loop.
-        seen_revision: The newest revision that the client of any subscriber had received when it joined.
-        runner: The asyncio task that runs the schedule; None when it is stopped.
-        refreshing: The runner waits for the result of a refresh.
-        backing_off: The runner sleeps after a failure.
-        rejected_since: The time of the first query that the upstream rejected; None after a snapshot.
-        not_found: The upstream has rejected all queries for `watch.unknown_task_seconds`.
-        overdue_error: The error because of which the update is overdue; None if it is not overdue.
-        check_timer: Checks whether the refresh takes too long; None when there is no refresh.
-    """
-
-    key: TaskKey
-    subscribers: set[Subscriber] = field(default_factory=set)
-    subscribers_awaiting_refresh: set[Subscriber] = field(default_factory=set)
-    published_update: Update | None = None
-    unpublished_snapshot: Snapshot | None = None
-    seen_revision: int = 0
-    runner: asyncio.Task[None] | None = None
-    refreshing: bool = False
-    backing_off: bool = False
-    rejected_since: float | None = None
-    not_found: bool = False
-    overdue_error: GatewayError | None = None
-    check_timer: asyncio.TimerHandle | None = None
-
-
 class _BackOff(NamedTuple):
     """A schedule that backs off. It does not continue before `not_before`, unless the upstream recovers."""
 
@@ -106,7 +66,7 @@ class Refresher:
     """Runs the schedules: refreshes each task through the service, and publishes the results.
 
     `publish_unpublished` publishes the task's unpublished snapshot, if there is one. `publish` publishes an
-    update. `mark_not_found` is called after each failed refresh of a task that counts as not found.
+    update.
     `set_overdue_error` is called after each refresh that returns a snapshot, with the error because of which
     the update is overdue, or None. `report_overdue` is called with the reason while a refresh takes too
     long.
@@ -119,7 +79,6 @@ class Refresher:
         *,
         publish_unpublished: Callable[[TaskKey], None],
         publish: Callable[[Update], None],
-        mark_not_found: Callable[[WatchedTask], None],
         set_overdue_error: Callable[[WatchedTask, GatewayError | None], None],
         report_overdue: Callable[[WatchedTask, GatewayError], None],
         unknown_task_seconds: float,
@@ -128,7 +87,6 @@ class Refresher:
         self._service = service
         self._publish_unpublished = publish_unpublished
         self._publish = publish
-        self._mark_not_found = mark_not_found
         self._set_overdue_error = set_overdue_error
         self._report_overdue = report_overdue
         self._unknown_task_seconds = unknown_task_seconds
@@ -328,7 +286,7 @@ class Refresher:
         if watched.rejected_since is None:
             watched.rejected_since = now
         if now - watched.rejected_since >= self._unknown_task_seconds:
-            self._mark_not_found(watched)
+            watched.mark_not_found()
 
 
 def _wake(back_off: _BackOff) -> None:

@@ -16,6 +16,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -23,10 +24,18 @@ from msgspec.structs import replace
 
 from gateway.domain.entity_tag import same_body
 from gateway.domain.errors import GatewayError, UpstreamRejected
+from gateway.domain.paced_calls import PacedCalls
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 
 _SMALL_BODY = 1024  # bytes; a schedule takes more memory than this anyway
+
+
+class SubscriptionKind(StrEnum):
+    """How a client follows a task: by an event stream or by a long poll."""
+
+    EVENTS = "events"
+    LONGPOLL = "longpoll"
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +97,7 @@ class OverdueState(NamedTuple):
 class Subscriber:
     """One open stream or long poll.
 
+    `wakes` paces the wakes of all subscribers.
     `load_body` returns an update with its body, or None if the store has evicted the body. In that case
     `refetch` refreshes the task, and the hub calls `put` with the result.
 
@@ -115,6 +125,7 @@ class Subscriber:
         "_unsent",
         "_unsent_overdue_states",
         "_waiter",
+        "_wakes",
         "chunked",
         "client",
         "direct_transport",
@@ -133,12 +144,14 @@ class Subscriber:
         keys: Sequence[TaskKey],
         client: bytes,
         *,
+        wakes: PacedCalls | None = None,
         seen_revisions: Mapping[TaskKey, int] = MappingProxyType({}),
         load_body: Callable[[Update, Subscriber], Update | None] = lambda _update, _subscriber: None,
         refetch: Callable[[TaskKey, Subscriber], None] = lambda _key, _subscriber: None,
     ) -> None:
         self.keys = keys
         self.client = client
+        self._wakes = wakes or PacedCalls()
         self.seen_revisions = dict(seen_revisions)
         self.not_found_keys: frozenset[TaskKey] = frozenset()
         self.shutting_down = False
@@ -214,11 +227,15 @@ class Subscriber:
         return key in self._unsent
 
     def wake(self) -> None:
-        """Wake the asyncio task that awaits `wait`, which then checks unsent updates and flags."""
+        """Wake the asyncio task that awaits `wait`, which then checks unsent updates and flags.
+
+        If many subscribers are woken together, each wakes in its turn.
+        """
         self.woken = True
         self.transport_if_idle = None
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            self._wakes.resolve(waiter)
 
     def disconnect(self) -> None:
         """Record that the client has disconnected, and wake the asyncio task that awaits `wait`."""
@@ -228,11 +245,11 @@ class Subscriber:
     async def wait(self) -> None:
         """Wait until `wake` is called, unless it was called since the last wait."""
         if not self.woken:
-            self._waiter = asyncio.get_running_loop().create_future()
+            waiter = self._waiter = asyncio.get_running_loop().create_future()
             is_idle = not (self._unsent or self._unsent_overdue_states or self.seen_revisions)
             self.transport_if_idle = self.direct_transport if is_idle else None
             try:
-                await self._waiter
+                await waiter
             finally:
                 self._waiter = self.transport_if_idle = None
         self.woken = False

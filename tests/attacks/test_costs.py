@@ -163,6 +163,65 @@ def test_costs_of_batches_that_wait_do_not_fail_other_tasks(target: Target) -> N
                 assert answer.json["summary"]["stale"] == 2
 
 
+@pytest.mark.parametrize("path", ["/v1/events", "/v1/progress?wait=60"])
+def test_costs_of_watched_tasks_without_a_response_are_bounded(target: Target, path: str) -> None:
+    """At most 4,000 such tasks of one client are watched. More are refused until some have left."""
+    with HeldUpstream() as upstream, ExitStack() as stack:
+        gate = target(upstream.url, upstream={"attempt_timeout_seconds": 60, "timeout_seconds": 60})
+
+        def watch(source: str, *, tasks: int = 100) -> Line:
+            line = stack.enter_context(Line(gate, source=source))
+            names = "&".join(f"taskId={fresh_id()}" for _ in range(tasks))
+            line.send(request(f"{path}{'&' if '?' in path else '?'}{names}"))
+            return line
+
+        lines = [watch(ONE) for _ in range(40)]
+        until(lambda: gate.metric("watched_tasks") == 4_000, "all are watched")
+        for tasks in (100, 1):
+            refused = watch(ONE, tasks=tasks).answer()
+            assert (refused.status, refused.code, refused.header("retry-after")) == (503, "overloaded", "1")
+        single = stack.enter_context(Line(gate, source=ONE))
+        single.send(request(f"/v1/progress/{fresh_id()}?wait=60"))
+        assert single.answer().code == "overloaded"
+        lines.append(watch(OTHER))
+        until(lambda: gate.metric("watched_tasks") == 4_100, "another client's tasks are watched")
+        for line in lines[:2]:
+            line.socket.close()
+        until(lambda: gate.metric("watched_tasks") == 3_900, "two have left")
+        watch(ONE)
+        until(lambda: gate.metric("watched_tasks") == 4_000, "one may watch again")
+        upstream.released.set()
+
+
+def test_costs_of_watched_tasks_do_not_stop_subscriptions_to_known_ones(target: Target) -> None:
+    """While too many tasks wait, known ones are watched; those of a long poll that are not fail."""
+    hold = threading.Event()
+
+    def behaviour(connection: Any, asked: Request) -> None:
+        if not asked.task_id.startswith("known"):
+            hold.wait(PATIENCE_SECONDS)
+        respond_ok(connection, asked)
+
+    with RawUpstream(behaviour) as upstream, ExitStack() as stack:
+        stack.callback(hold.set)
+        gate = target(upstream.url, upstream={"attempt_timeout_seconds": 60, "timeout_seconds": 60})
+        for known in ("known-1", "known-2"):
+            assert gate.get(known).status_code == 200
+        for _ in range(40):
+            line = stack.enter_context(Line(gate, source=ONE))
+            line.send(batch(100, path="/v1/events"))
+        until(lambda: gate.metric("watched_tasks") == 4_000, "all are watched")
+        stream = stack.enter_context(Line(gate, source=ONE))
+        stream.send(request("/v1/events?taskId=known-1&taskId=known-2"))
+        assert b"known-2" in stream.until(b'"taskId":"known-2"')
+        poll = stack.enter_context(Line(gate, source=ONE))
+        began = time.monotonic()
+        poll.send(request("/v1/progress?taskId=new-1&taskId=known-1&wait=1"))
+        answer = poll.answer()
+        assert time.monotonic() - began >= 1, "the known task has not changed"
+        assert [each.get("error", {}).get("code") for each in answer.json["items"]] == ["overloaded", None]
+
+
 # The upstream's calls
 
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import Scope
 
-from gateway.api.client_limits import ClientLimits, ClientTokenBuckets, bucket_key
-from gateway.domain.errors import Overloaded, TooManyRequests
+from gateway.api.client_limits import ClientTokenBuckets, bucket_key
+from gateway.domain.errors import TooManyRequests
 from tests.support.harness import Gateway, Simulator, serving, until
 
 Launch = Callable[..., Gateway]
@@ -360,54 +358,3 @@ def test_ratelimit_that_can_be_evaded_is_logged_at_startup(
         process.signal()
         assert process.exit_status() == 0
     assert process.output.count("X-Forwarded-For") == lines
-
-
-def client_at(number: int) -> Scope:
-    """Return the scope of a request from an address of its own."""
-    return {"client": (f"192.0.2.{number}", 1)}
-
-
-def refuses(limits: ClientLimits, client: Scope, tasks: int) -> bool:
-    """Return whether a batch is refused that would wait for so many tasks."""
-    try:
-        with limits.waiting(client, tasks):
-            return False
-    except Overloaded:
-        return True
-
-
-def test_batches_of_one_client_and_of_all_wait_within_limits() -> None:
-    """4,000 tasks of one client may wait, and 8,000 of all."""
-    limits = ClientLimits(None, max_subscriptions=0)
-    one, other, third = map(client_at, range(3))
-    with limits.waiting(one, 4_000):
-        assert refuses(limits, one, 1)
-        with limits.waiting(other, 4_000):
-            assert refuses(limits, other, 1)
-            assert refuses(limits, third, 101)
-        assert not refuses(limits, other, 4_000)
-    assert not refuses(limits, one, 4_000)
-
-
-def test_batches_of_clients_with_few_waiting_tasks_have_a_reserve() -> None:
-    """Two clients cannot keep others from waiting: of each, 100 tasks still may, up to 4,000."""
-    limits = ClientLimits(None, max_subscriptions=0)
-    with ExitStack() as stack:
-        for number in range(2):
-            stack.enter_context(limits.waiting(client_at(number), 4_000))
-        for number in range(2, 42):
-            assert refuses(limits, client_at(number), 101)
-            stack.enter_context(limits.waiting(client_at(number), 60))
-            assert refuses(limits, client_at(number), 41)
-            stack.enter_context(limits.waiting(client_at(number), 40))
-        assert refuses(limits, client_at(42), 1)
-
-
-def test_batches_larger_than_the_limit_wait_alone() -> None:
-    """With a large limits.max_tasks_per_request, one batch may exceed the limits, if no other one waits."""
-    limits = ClientLimits(None, max_subscriptions=0)
-    one, other = map(client_at, range(2))
-    with limits.waiting(one, 9_000):
-        assert refuses(limits, one, 1)
-        assert refuses(limits, other, 101)
-    assert not refuses(limits, one, 9_000)

@@ -20,6 +20,7 @@ import pytest
 
 import gateway as package
 from gateway.domain.errors import GatewayError
+from gateway.progress import waiting_tasks
 from tests.support.harness import (
     PATIENCE_SECONDS,
     Gateway,
@@ -208,6 +209,23 @@ def test_no_client_that_leaves_leaves_a_cycle(target: str) -> None:
             upstream.released.set()
             until(lambda: gate.metric("upstream_in_flight") == 0, "the query has ended")
         assert not found
+
+
+@pytest.mark.parametrize("target", ["/v1/progress?", "/v1/progress?wait=30&", "/v1/events?"])
+def test_no_refused_request_leaves_a_cycle(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is refused because too many tasks wait for upstream calls."""
+    monkeypatch.setattr(waiting_tasks, "MAX_WAITING_TASKS_PER_CLIENT", 3)
+    with HeldUpstream() as upstream, gateway(upstream.url) as gate, gate.connect() as connection:
+        tasks = "&".join(f"taskId={fresh_id()}" for _ in range(3))
+        connection.sendall(f"GET /v1/events?{tasks} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        until(lambda: gate.metric("watched_tasks") == 3, "tasks wait")
+        gate.client.get("/readyz")
+        with circles() as found:
+            for _ in range(3):
+                tasks = "&".join(f"taskId={fresh_id()}" for _ in range(3))
+                assert gate.client.get(f"{target}{tasks}").json()["code"] == "overloaded"
+        assert not found
+        upstream.released.set()
 
 
 def test_no_dropped_refresh_leaves_a_cycle() -> None:

@@ -54,8 +54,8 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.signed_calls import ParsedResponse
 from gateway.upstream.task_query_state import TaskQueryState
-from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import Subscriber, Update
+from gateway.watch.hub import WatchHub
+from gateway.watch.subscriber import Subscriber, SubscriptionKind, Update
 from tests.support.seen import TAGS
 from tests.support.ticked import TickedLoop
 

@@ -14,7 +14,7 @@ from gateway.telemetry.counters import CallbackCounter, FastCounters, FastHistog
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import State
 from gateway.upstream.credentials import CredentialSlot
-from gateway.watch.hub import SubscriptionKind
+from gateway.watch.subscriber import SubscriptionKind
 
 _ERRORS = [error for error in vars(errors).values() if isinstance(error, type)]
 _CODES = {error.code for error in _ERRORS if issubclass(error, GatewayError)}

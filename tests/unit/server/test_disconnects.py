@@ -16,9 +16,9 @@ from gateway.api.server_extensions import (
     all_while_connected,
     take_turn,
 )
+from gateway.domain.paced_calls import PacedCalls
 from gateway.server.exchange import Exchange
 from gateway.server.framing import parse_head
-from gateway.server.paced_calls import PacedCalls
 
 
 def exchange_with(listeners: dict[object, Any]) -> Exchange:

@@ -4,7 +4,9 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 
 import pytest
 from msgspec.structs import replace
@@ -13,6 +15,7 @@ from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
     GatewayError,
+    Overloaded,
     UpstreamDetail,
     UpstreamRejected,
     UpstreamThrottled,
@@ -24,8 +27,8 @@ from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import Subscriber, Update
+from gateway.watch.hub import WatchHub
+from gateway.watch.subscriber import Subscriber, SubscriptionKind, Update
 from tests.support.ticked import TickedLoop
 
 pytestmark = pytest.mark.anyio
@@ -813,6 +816,58 @@ async def codes(subscriber: Subscriber) -> list[str | None]:
     subscriber.woken = False
     list(subscriber.take_unsent())
     return [overdue_state.code for overdue_state in subscriber.take_overdue_states()]
+
+
+async def test_watch_counts_tasks_until_their_first_snapshot(watch: WatchHub, store: MemoryStore) -> None:
+    """A task without a snapshot counts for the client that asked first, until it has one or is left."""
+    keys = [of(task_id, "").key for task_id in "abc"]
+    with watch.admit(keys, client=b"first") as schedules:
+        assert (schedules, len(watch.waiting_tasks)) == (3, 3)
+    with watch.subscribe(keys, SubscriptionKind.EVENTS, client=b"first"):
+        with watch.admit(keys, client=b"second") as schedules:
+            assert (schedules, len(watch.waiting_tasks)) == (0, 3)
+        with watch.subscribe(keys, SubscriptionKind.EVENTS, client=b"second"):
+            store.put(of("a", "1"))
+            await asyncio.sleep(0)
+            assert len(watch.waiting_tasks) == 2
+            store.put(of("a", "2"))
+            await asyncio.sleep(0)
+            assert len(watch.waiting_tasks) == 2
+        assert len(watch.waiting_tasks) == 2
+    assert len(watch.waiting_tasks) == 0
+    await watch.aclose()
+
+
+async def test_watch_admits_known_tasks_without_counting(watch: WatchHub, store: MemoryStore) -> None:
+    """A task with a snapshot, however old, does not wait for its first one, even if many others do."""
+    known, unknown = of("a", "1"), of("b", "1")
+    store.put(known)
+    with watch.waiting_tasks.counted(b"greedy", 20_000):
+        with watch.admit([known.key], client=b"greedy") as schedules:
+            assert schedules == 1
+        with watch.subscribe([known.key], SubscriptionKind.EVENTS, client=b"greedy"):
+            assert len(watch.waiting_tasks) == 20_000
+        with pytest.raises(Overloaded), watch.admit([known.key, unknown.key], client=b"greedy"):
+            pass
+    await watch.aclose()
+
+
+async def test_watch_wakes_many_subscribers_in_turn(watch: WatchHub, store: MemoryStore) -> None:
+    """A change that hundreds wait for wakes some in each turn of the loop; other work runs in between."""
+    with ExitStack() as stack:
+        subscribers = [
+            stack.enter_context(watch.subscribe([KEY], SubscriptionKind.LONGPOLL)) for _ in range(300)
+        ]
+        polls = [asyncio.create_task(subscriber.next_updates()) for subscriber in subscribers]
+        await asyncio.sleep(0)
+        store.put(snapshot("1"))
+        counts = [0]
+        while counts[-1] < len(polls):
+            await asyncio.sleep(0)
+            counts.append(sum(poll.done() for poll in polls))
+        assert max(after - before for before, after in pairwise(counts)) <= 64
+        assert all([etags(await poll) == ["1"] for poll in polls])
+    await watch.aclose()
 
 
 async def test_watch_sends_each_overdue_state_once(

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from gateway.server.paced_calls import PacedCalls
+from gateway.domain.paced_calls import PacedCalls
 
 
 class Bench:
