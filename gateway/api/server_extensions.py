@@ -16,6 +16,8 @@ from typing import Protocol, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
+from gateway.api.client_limits import client_key
+
 # A dictionary whose values are called without arguments when the connection is lost. From then on
 # DISCONNECTED is one of its keys, and values that are added later are never called.
 ON_DISCONNECT = "gateway.on_disconnect"
@@ -28,7 +30,7 @@ T = TypeVar("T")
 class Pace(Protocol):
     """Lets requests do their work in turn."""
 
-    async def turn(self, *, tasks: int) -> None:
+    async def turn(self, *, tasks: int, client: bytes) -> None:
         """Return when work for so many tasks may begin, perhaps in a later iteration of the event loop."""
 
 
@@ -82,7 +84,7 @@ async def take_turn(scope: Scope, *, tasks: int) -> None:
     extensions = scope.get("extensions", {})
     connection: ServerConnection | None = extensions.get(CONNECTION)
     if connection is not None:
-        await connection.pace.turn(tasks=tasks)
+        await connection.pace.turn(tasks=tasks, client=client_key(scope))
         require_client(scope)
 
 
@@ -106,7 +108,7 @@ class DisconnectListener:
     the handler will now end its work for them.
     """
 
-    __slots__ = ("_callback", "_callbacks", "_listener", "_pace", "_receive", "_tasks")
+    __slots__ = ("_callback", "_callbacks", "_client", "_listener", "_pace", "_receive", "_tasks")
 
     def __init__(
         self, scope: Scope, receive: Receive, callback: Callable[[], None], *, tasks: int = 0
@@ -114,6 +116,7 @@ class DisconnectListener:
         extensions = scope.get("extensions", {})
         self._callbacks: dict[object, object] | None = extensions.get(ON_DISCONNECT)
         self._pace: Pace | None = extensions[CONNECTION].pace if tasks and CONNECTION in extensions else None
+        self._client = client_key(scope)
         self._tasks = tasks
         self._receive = receive
         self._callback = callback
@@ -131,7 +134,7 @@ class DisconnectListener:
         if self._callbacks is not None:
             self._callbacks.pop(self, None)
             if self._pace is not None and DISCONNECTED in self._callbacks:
-                await self._pace.turn(tasks=self._tasks)
+                await self._pace.turn(tasks=self._tasks, client=self._client)
         if self._listener is not None:
             self._listener.cancel()
             with suppress(asyncio.CancelledError):

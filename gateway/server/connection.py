@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
+from gateway.api.client_limits import client_key
 from gateway.api.problems import INTERNAL_ERROR, status_and_title
 from gateway.api.server_extensions import CONNECTION, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
@@ -274,7 +275,7 @@ class Connection(ClientTransport):
         else:
             self._deadline.set(self.limits.header_seconds + _BODY_GRACE_SECONDS)
         run = exchange.run(self.application or self._config.loaded_app)
-        self.starts.start(self.loop, run, self.server_state.tasks)
+        self.starts.start(self.loop, run, self.server_state.tasks, client=client_key(scope))
 
     def _read_body(self, body: BodyDecoder, exchange: Exchange) -> bool:
         if exchange.is_body_buffer_full:
@@ -307,8 +308,6 @@ class Connection(ClientTransport):
             self._pause_reading()
             if self._exchange is not None and self._body is None and not self.write_paused:
                 self._look_for_disconnect()
-
-    # Closing.
 
     def _leave_reserve(self) -> None:
         """Leave the reserve, which is full, so that a later connection has a place in it."""

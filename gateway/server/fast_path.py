@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from gateway.api.cached_responses import CachedResponse, CachedResponses, RequestTraits
+from gateway.api.client_limits import client_key
 from gateway.api.requests import FAILURE, Headers
 from gateway.domain.task import TaskKey
 from gateway.server.connection import Connection
@@ -86,7 +87,8 @@ class SimpleMiss(Exchange):
         """Stop waiting; the application then writes the log. Of many clients that leave together, in turn."""
         super().disconnect()
         if self._task is not None:
-            self._connection.pace.add(self._task.get_loop(), self._cancel, weight=1)
+            pace, client = self._connection.pace, client_key(self.scope)
+            pace.add(self._task.get_loop(), self._cancel, weight=1, client=client)
 
     def _cancel(self) -> None:
         if self._task is not None:

@@ -1,4 +1,4 @@
-"""Requests start, and disconnects are handled, a few per iteration of the event loop, in order."""
+"""Requests start, and disconnects are handled, a few per iteration of the event loop, fairly."""
 
 import asyncio
 from functools import partial
@@ -21,10 +21,11 @@ class Bench:
     def add(self, *numbers: int) -> None:
         loop = asyncio.get_running_loop()
         for number in numbers:
-            self._pace.start(loop, self._request(number), self.tasks)
+            self._pace.start(loop, self._request(number), self.tasks, client=b"")
 
-    def call(self, number: int, *, weight: int) -> None:
-        self._pace.add(asyncio.get_running_loop(), partial(self.started.append, number), weight=weight)
+    def call(self, number: int, *, weight: int, client: bytes = b"") -> None:
+        call = partial(self.started.append, number)
+        self._pace.add(asyncio.get_running_loop(), call, weight=weight, client=client)
 
     async def iterate(self, times: int) -> list[int]:
         """Run iterations of the event loop; return how many calls were made until the end of each."""
@@ -72,7 +73,7 @@ async def test_heavy_work_has_an_iteration_for_itself() -> None:
     pace, order = PacedCalls(), []
 
     async def work(number: int) -> None:
-        await pace.turn(tasks=100)
+        await pace.turn(tasks=100, client=b"")
         order.append(number)
 
     tasks = [asyncio.create_task(work(number)) for number in range(40)]
@@ -86,7 +87,7 @@ async def test_heavy_work_has_an_iteration_for_itself() -> None:
 
 async def test_turn_comes_at_once_if_nothing_waits() -> None:
     """The first turn of an iteration needs no other iteration."""
-    turn = PacedCalls().turn(tasks=100)
+    turn = PacedCalls().turn(tasks=100, client=b"")
     with pytest.raises(StopIteration):
         turn.send(None)
 
@@ -94,7 +95,7 @@ async def test_turn_comes_at_once_if_nothing_waits() -> None:
 async def test_turn_of_a_cancelled_request_is_skipped() -> None:
     """Who waits behind it has its turn all the same."""
     pace = PacedCalls()
-    first, second, third = (asyncio.create_task(pace.turn(tasks=100)) for _ in range(3))
+    first, second, third = (asyncio.create_task(pace.turn(tasks=100, client=b"")) for _ in range(3))
     await first
     second.cancel()
     await third
@@ -108,3 +109,17 @@ async def test_makes_calls_in_the_order_of_their_arrival() -> None:
         bench.call(number, weight=weight)
     assert bench.started == [0]
     assert await bench.iterate(3) == [3, 4, 5]
+
+
+async def test_clients_take_turns() -> None:
+    """A client with one call does not wait for all calls of a client with many; each keeps its order."""
+    bench = Bench()
+    for number in range(100):
+        bench.call(number, weight=14, client=b"greedy")
+    for number in (100, 101):
+        bench.call(number, weight=14, client=b"first")
+    bench.call(102, weight=14, client=b"second")
+    await bench.iterate(6)
+    assert bench.started == [0, 1, 100, 102, 2, 101, 3]
+    assert (await bench.iterate(200))[-1] == 103
+    assert [number for number in bench.started if number < 100] == list(range(100))

@@ -88,7 +88,7 @@ async def test_client_that_leaves_before_its_turn_is_dropped() -> None:
     connection = exchange.scope["extensions"][CONNECTION]
     connection.pace, connection.client_has_left.return_value = pace, False
     for _ in range(2):  # of this iteration, and of the next one
-        pace.add(loop, Mock(), weight=100)
+        pace.add(loop, Mock(), weight=100, client=b"")
     turn = asyncio.create_task(take_turn(exchange.scope, tasks=100))
     await asyncio.sleep(0)
     exchange.disconnect()
