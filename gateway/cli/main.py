@@ -16,7 +16,7 @@ from gateway.server.signals import INTERRUPTED
 from gateway.settings.errors import SettingsError
 
 
-def main(words: Sequence[str] | None = None, *, after_imports: Callable[[], None] | None = None) -> int:
+def main(words: Sequence[str] | None = None, *, after_imports: Callable[[], None] = lambda: None) -> int:
     """Run one command; return the exit status. `after_imports` is called before the command runs."""
     open_closed_streams()
     try:
@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None, *, after_imports: Callable[[], None
         discard_refused_output()
 
 
-def _run(words: Sequence[str] | None, after_imports: Callable[[], None] | None) -> int:
+def _run(words: Sequence[str] | None, after_imports: Callable[[], None]) -> int:
     try:
         parser = create_parser()
         options = parser.parse(sys.argv[1:] if words is None else words)
@@ -41,8 +41,7 @@ def _run(words: Sequence[str] | None, after_imports: Callable[[], None] | None) 
             parser.print_help()
             return OK
         command = commands.load(options.command)
-        if after_imports is not None:
-            after_imports()
+        after_imports()
         return command.run(options)
     except SettingsError as exc:
         for mistake in exc.mistakes:
