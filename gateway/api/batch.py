@@ -1,14 +1,14 @@
 """GET /v1/progress?taskId=A&taskId=B: many tasks in one response, each with its own snapshot or problem.
 
-The response comes immediately, or as a long poll when the representation of one task changes. An item also
-says how old its snapshot is, and if its update is overdue, why (`progress/overdue_rules.py`).
+Without `wait`, the response comes at once. With `wait` (a long poll), it comes when a task changes. An item
+also says how old its snapshot is, and if its update is overdue, why (`progress/overdue_rules.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect
@@ -27,6 +27,7 @@ from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import Status, TaskKey
 from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.progress.service import ProgressService
+from gateway.progress.unanswered_tasks import too_many_tasks
 from gateway.watch.hub import WatchHub
 from gateway.watch.subscriber import Subscriber, SubscriptionKind, Update
 
@@ -98,7 +99,7 @@ class BatchEndpoint:
 
     def _stale_code_of(self, outcome: FoundSnapshot | LookupFailure) -> str | None:
         if isinstance(outcome, FoundSnapshot) and isinstance(outcome.failure, Overloaded):
-            return outcome.failure.code  # there is no query that could be overdue
+            return outcome.failure.code  # `overdue_rules` knows only of queries
         return self._stale_code(outcome.key)
 
     async def _read(
@@ -112,7 +113,7 @@ class BatchEndpoint:
     ) -> list[FoundSnapshot | LookupFailure]:
         """Return the result of each task.
 
-        When too many tasks wait already, those that are not cached fail, or have an older snapshot.
+        When too many tasks are unanswered already, those that are not cached fail, or have an older snapshot.
 
         Raises: ClientDisconnect when the client disconnects first, Overloaded when all tasks would fail.
         `seen`: the revisions that the client has received, by task. It must not receive older ones.
@@ -122,22 +123,9 @@ class BatchEndpoint:
         missing = [key for key, result in cached.items() if result is None]
         if not missing:
             return [result for result in cached.values() if result is not None]
-        client = client_key(scope)
-        read: list[FoundSnapshot | LookupFailure]
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(self._hub.waiting_tasks.counted(client, len(missing)))
-            except Overloaded as exc:
-                refusal = _without_traceback(exc)
-                read = [
-                    self._service.get_without_query(key, refusal, seen_revision=seen.get(key, 0))
-                    for key in missing
-                ]
-                refused = sum(isinstance(each, LookupFailure) and each.failure is refusal for each in read)
-                if refused == len(keys) and not others_known:
-                    del read
-                    raise
-            else:
+        client, unanswered = client_key(scope), self._hub.unanswered_tasks
+        if unanswered.has_room(client, len(missing)):
+            with unanswered.counted(client, len(missing)):
                 await take_turn(scope, tasks=len(missing))
                 read = await all_while_connected(
                     scope,
@@ -150,6 +138,13 @@ class BatchEndpoint:
                     ),
                     tasks=len(missing),
                 )
+        else:
+            failure = too_many_tasks()
+            get = self._service.get_without_query
+            read = [get(key, failure, seen_revision=seen.get(key, 0)) for key in missing]
+            refused = sum(isinstance(each, LookupFailure) and each.failure is failure for each in read)
+            if refused == len(keys) and not others_known:
+                raise too_many_tasks()  # a new one: the traceback of `failure` would refer to `read`
         outcomes = cached | dict(zip(missing, read, strict=True))
         return [outcome for outcome in outcomes.values() if outcome is not None]
 
@@ -166,28 +161,21 @@ class BatchEndpoint:
         """Wait until the representation differs from the client's, or every task has ended.
 
         Without If-None-Match, it must differ from the one on arrival. Only the hub's schedules call the
-        upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`. When too many tasks wait
-        already, those that are not cached fail.
+        upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`. When too many tasks are
+        unanswered already, new ones fail.
 
         Raises: ClientDisconnect when the client disconnects first, Overloaded when all tasks would fail.
         """
         client = client_key(scope)
-        watched, refusal = keys, None
+        new = {key for key in keys if self._hub.is_new(key)}
+        has_room = self._hub.unanswered_tasks.has_room(client, len(new))
+        # If all tasks are new, `reserve` refuses them.
+        watched = keys if has_room else [key for key in keys if key not in new] or keys
         with self._clients.subscription(scope):
-            try:
-                with self._hub.admit(keys, client=client) as new_tasks:
-                    await take_turn(scope, tasks=new_tasks)
-                    await self._service.read_arrived_messages()
-            except Overloaded as exc:
-                refusal = _without_traceback(exc)
-                watched = [key for key in keys if self._hub.is_known(key)]
-                if not watched:
-                    raise
-            on_arrival = self._on_arrival(watched, seen)
-            stale = {key: self._stale_code(key) for key in on_arrival}
-            if refusal is not None:
-                on_arrival |= {key: _Item.of(refusal) for key in keys if key not in watched}
-            latest = _Latest(keys, on_arrival, stale, if_none_match)
+            with self._hub.reserve(watched, client=client) as schedules:
+                await take_turn(scope, tasks=schedules)
+                await self._service.read_arrived_messages()
+            latest = self._latest_on_arrival(keys, watched, if_none_match, seen)
             with self._hub.subscribe(
                 watched, SubscriptionKind.LONGPOLL, client=client, seen_revisions=seen
             ) as subscriber:
@@ -213,10 +201,21 @@ class BatchEndpoint:
             known |= zip(missing, read, strict=True)
         return [known[key] for key in keys]
 
-    def _on_arrival(self, keys: Sequence[TaskKey], seen: Mapping[TaskKey, int]) -> dict[TaskKey, _Item]:
+    def _latest_on_arrival(
+        self,
+        keys: Sequence[TaskKey],
+        watched: Sequence[TaskKey],
+        if_none_match: str | None,
+        seen: Mapping[TaskKey, int],
+    ) -> _Latest:
         # A function of its own: no variable of a long poll has a snapshot, whose body may be large.
-        results = ((key, self._service.peek(key, seen.get(key, 0))) for key in keys)
-        return {key: _Item.of(result.snapshot) for key, result in results if result is not None}
+        failure = _Item.of(too_many_tasks())
+        items = {key: failure for key in keys if key not in watched}
+        for key in watched:
+            if (result := self._service.peek(key, seen.get(key, 0))) is not None:
+                items[key] = _Item.of(result.snapshot)
+        stale = {key: self._stale_code(key) for key in watched if key in items}
+        return _Latest(keys, items, stale, if_none_match)
 
 
 class _Item(NamedTuple):
@@ -277,7 +276,7 @@ class _Latest:
     def _is_over(self, subscriber: Subscriber) -> bool:
         if len(self._latest) < len(self._keys):
             return False
-        # `*` matches every digest, which would take time for each change of any task.
+        # `*` matches every digest, so none is computed.
         changed = self._if_none_match != "*" and not matches(self._if_none_match, self._digest())
         return changed or all(
             item.terminal if item.failure is None else key in subscriber.not_found_keys
@@ -286,11 +285,6 @@ class _Latest:
 
     def _digest(self) -> str:
         return _digest(self._latest[key].text(self._stale.get(key)) for key in self._keys)
-
-
-def _without_traceback(failure: Overloaded) -> Overloaded:
-    """Return an equal failure. A traceback would refer to the frame whose variables refer to the failure."""
-    return Overloaded(str(failure), retry_after=failure.retry_after)
 
 
 def _digest(texts: Iterable[str]) -> str:

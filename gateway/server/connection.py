@@ -31,7 +31,7 @@ from gateway.api.client_limits import client_key
 from gateway.api.problems import INTERNAL_ERROR, status_and_title
 from gateway.api.server_extensions import CONNECTION, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
-from gateway.domain.paced_calls import PacedCalls
+from gateway.domain.paced_callbacks import PacedCallbacks
 from gateway.server.client_transport import ClientTransport
 from gateway.server.error_response import render_closing_response
 from gateway.server.exchange import Exchange, MakeExchange, make_scope
@@ -55,8 +55,8 @@ class Connection(ClientTransport):
     """One connection. All share the attributes below. `application` replaces uvicorn's, if it is set."""
 
     application: ASGIApp | None = None
-    starts: PacedCalls
-    pace: PacedCalls  # of the work for many tasks
+    starts: PacedCallbacks
+    pace: PacedCallbacks  # of the work for many tasks
 
     __slots__ = (
         "_blank_bytes",  # bytes of empty lines before the request
@@ -72,7 +72,7 @@ class Connection(ClientTransport):
         "_scanned",  # bytes of the buffer without the end of a head
         "_server",  # the local address
         "_shutting_down",
-        "_waits_for_turn",  # other connections come first; see `fast_path.py`
+        "_waits_to_continue",  # other connections come first; see `fast_path.py`
         "client",
         "server_state",
     )
@@ -93,7 +93,7 @@ class Connection(ClientTransport):
         self._body: BodyDecoder | None = None
         self._exchange: Exchange | None = None
         self._is_head_request = self._receiving_head = self._over_limit = False
-        self._processing = self._shutting_down = self._waits_for_turn = False
+        self._processing = self._shutting_down = self._waits_to_continue = False
 
     # Callbacks of the event loop.
 
@@ -220,7 +220,7 @@ class Connection(ClientTransport):
     def _step(self) -> bool:
         """Parse one head or one part of a body; tell whether another step may follow."""
         if self._exchange is None:
-            return not self.write_paused and not self._waits_for_turn and self._read_head()
+            return not self.write_paused and not self._waits_to_continue and self._read_head()
         return self._body is not None and self._read_body(self._body, self._exchange)
 
     def _read_head(self) -> bool:
@@ -296,7 +296,7 @@ class Connection(ClientTransport):
     def _update_reading(self) -> None:
         """Pause reading while the buffer holds bytes that cannot be processed yet; otherwise resume it."""
         if self._exchange is None:
-            read = not self.write_paused and not self._waits_for_turn
+            read = not self.write_paused and not self._waits_to_continue
         elif self._body is not None:
             read = not self._exchange.is_body_buffer_full
         else:

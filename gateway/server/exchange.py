@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Scope
 from gateway.api.requests import Headers
 from gateway.api.server_extensions import CONNECTION, DISCONNECTED, ON_DISCONNECT, chunk
 from gateway.domain.errors import GatewayError
-from gateway.domain.paced_calls import PacedCalls
+from gateway.domain.paced_callbacks import PacedCallbacks
 from gateway.server.framing import Head
 
 MAX_BUFFERED_BODY = 65_536  # bytes of a request body that the application has not received yet
@@ -53,7 +53,7 @@ class ClientConnection(Protocol):
     """What an exchange uses of its connection to the client."""
 
     write_paused: bool  # the write buffer is full: the client does not read fast enough
-    pace: PacedCalls  # of the work that ends when clients leave, and of the work for many tasks
+    pace: PacedCallbacks  # of the work that ends when clients leave, and of the work for many tasks
 
     def write(self, data: bytes) -> None:
         """Send bytes to the client, unless it has disconnected."""

@@ -27,7 +27,7 @@ from gateway.server.connection import Connection
 from gateway.server.exchange import STATUS_LINES, Exchange, MakeExchange
 from gateway.server.framing import Head
 
-_HITS_PER_TURN = 8  # of one connection; 256 KB of hits in one turn would block the event loop for 45 ms
+_HITS_PER_ITERATION = 8  # of one connection; 256 KB of hits in one turn would block the event loop for 45 ms
 _MAX_REMEMBERED = 2048  # bytes of a request: each of thousands of connections may remember its last one
 
 _METHOD, _VERSION = b"GET ", b" HTTP/1.1\r\n"
@@ -149,19 +149,19 @@ class FastPathConnection(Connection):
                     self._deadline.at = self.loop.time() + self.limits.keep_alive_seconds
                 return
             self._last = None
-        self._hits_left = _HITS_PER_TURN
+        self._hits_left = _HITS_PER_ITERATION
         super().data_received(data)
 
-    def _wait_for_turn(self) -> None:
+    def _wait_to_continue(self) -> None:
         """Serve the further hits after the other connections have had their turn."""
-        self._waits_for_turn = True
+        self._waits_to_continue = True
         if not self.write_paused:  # the deadline of the previous state must not end this one
             self._deadline.set(self.limits.keep_alive_seconds)
-        self.loop.call_soon(self._take_turn)
+        self.loop.call_soon(self._continue)
 
-    def _take_turn(self) -> None:
-        self._waits_for_turn = False
-        self._hits_left = _HITS_PER_TURN
+    def _continue(self) -> None:
+        self._waits_to_continue = False
+        self._hits_left = _HITS_PER_ITERATION
         if not self._closing:
             self._process()
 
@@ -176,7 +176,7 @@ class FastPathConnection(Connection):
                 if not self._buffer:
                     self._remember(data, head.target, traits)
                 elif self._hits_left <= 0:
-                    self._wait_for_turn()
+                    self._wait_to_continue()
                 return
             if traits is not None and (key := self.hits.task_of_miss(head.target)) is not None:
                 make_exchange = partial(SimpleMiss, self.hits, self.heads, key, traits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import ASGIApp
 
 from gateway.api.cached_responses import CachedResponses
-from gateway.domain.paced_calls import PacedCalls
+from gateway.domain.paced_callbacks import PacedCallbacks
 from gateway.server.connection import Connection
 from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection, HeadRenderer
@@ -21,8 +21,8 @@ def make_protocol_class(
     """
     attributes: dict[str, object] = {
         "limits": limits,
-        "starts": PacedCalls(),
-        "pace": PacedCalls(),
+        "starts": PacedCallbacks(),
+        "pace": PacedCallbacks(),
         "application": application,
     }
     if hits is None:

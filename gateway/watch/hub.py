@@ -31,11 +31,11 @@ from contextlib import contextmanager
 from types import MappingProxyType
 
 from gateway.domain.errors import GatewayError, Overloaded
-from gateway.domain.paced_calls import PacedCalls
+from gateway.domain.paced_callbacks import PacedCallbacks
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.progress.service import ProgressService
-from gateway.progress.waiting_tasks import WaitingTasks
+from gateway.progress.unanswered_tasks import UnansweredTasks, too_many_tasks
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import Store
 from gateway.telemetry.metrics import Metrics
@@ -45,8 +45,8 @@ from gateway.watch.watched_task import WatchedTask
 
 # Each iteration of the event loop publishes one snapshot, and an eighth of all that are not yet published.
 _BACKLOG_DIVISOR = 8
-# Subscribers that wake in one iteration: a long poll takes 60 microseconds to respond.
-_WAKES_PER_ITERATION = 50
+# Subscribers that wake in one iteration. A long poll takes 60 microseconds to respond.
+_WAKES_PER_ITERATION = 64
 
 
 # Writes an update to the connections that can take it now, and returns all other subscribers.
@@ -57,8 +57,8 @@ class WatchHub:
     """Holds every subscriber, and one schedule for each watched task.
 
     The attribute `deliver_directly` is called with each update and its recipients. It returns the subscribers
-    that must keep the update as unsent: by default, all recipients. `waiting_tasks` counts the watched tasks
-    without a snapshot. `clock` is the clock of `Snapshot.fetched_at`.
+    that must keep the update as unsent: by default, all recipients. `unanswered_tasks` counts the watched
+    tasks without a snapshot, and the tasks of batches. `clock` is the clock of `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class WatchHub:
     ) -> None:
         self._settings = settings
         self._service = service
-        self.waiting_tasks = WaitingTasks()
+        self.unanswered_tasks = UnansweredTasks()
         self._last_known = store.last_known
-        self._wakes = PacedCalls(per_iteration=_WAKES_PER_ITERATION)
+        self._wakes = PacedCallbacks(per_iteration=_WAKES_PER_ITERATION)
         self._watched: dict[TaskKey, WatchedTask] = {}
         self._subscribers: set[Subscriber] = set()
         self._overdue_keys: set[TaskKey] = set()
@@ -98,18 +98,21 @@ class WatchHub:
         store.add_snapshot_listener(self._add_unpublished, is_watched=self._watched.__contains__)
 
     @contextmanager
-    def admit(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
-        """Keep room for those of these tasks that would wait for their first response.
+    def reserve(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
+        """Count the new tasks among these as unanswered until `subscribe` does.
 
         Call `subscribe` without an `await` after this context. Yield the number of schedules that it will
         start. Raises: Overloaded when there is no room.
         """
-        with self.waiting_tasks.counted(client, sum(not self.is_known(key) for key in keys)):
+        new = sum(map(self.is_new, keys))
+        if not self.unanswered_tasks.has_room(client, new):
+            raise too_many_tasks()
+        with self.unanswered_tasks.counted(client, new):
             yield sum(key not in self._watched for key in keys)
 
-    def is_known(self, key: TaskKey) -> bool:
-        """Tell whether a task is watched already, or the store has a snapshot of it, however old."""
-        return key in self._watched or self._last_known(key) is not None
+    def is_new(self, key: TaskKey) -> bool:
+        """Tell whether a task is not watched yet, and the store has no snapshot of it, however old."""
+        return key not in self._watched and self._last_known(key) is None
 
     @contextmanager
     def subscribe(
@@ -172,22 +175,21 @@ class WatchHub:
             self._refresher.stop(watched)
         await self._refresher.wait_stopped()
 
+    def _start_watching(self, key: TaskKey, client: bytes) -> WatchedTask:
+        watched = self._watched[key] = WatchedTask(key)
+        if self._last_known(key) is None:
+            watched.unanswered_client = client
+            self.unanswered_tasks.add(client)
+        # A cached snapshot is sent at once, before the first refresh.
+        result = self._service.peek(key)
+        if result is not None:
+            watched.published_update = Update(key, result.snapshot).without_large_body()
+            self._set_overdue_error(watched, self._service.overdue_rules.error(key))
+        self._refresher.start(watched)
+        return watched
+
     def _add_to_task(self, key: TaskKey, subscriber: Subscriber) -> None:
-        watched = self._watched.get(key)
-        if watched is None:
-            watched = self._watched[key] = WatchedTask(key)
-            # A cached snapshot is sent at once, before the first refresh.
-            result = self._service.peek(key)
-            watched.published_update = (
-                Update(key, result.snapshot).without_large_body() if result is not None else None
-            )
-            self._set_overdue_error(
-                watched, self._service.overdue_rules.error(key) if result is not None else None
-            )
-            if self._last_known(key) is None:
-                watched.counted_for = subscriber.client
-                self.waiting_tasks.add(subscriber.client)
-            self._refresher.start(watched)
+        watched = self._watched.get(key) or self._start_watching(key, subscriber.client)
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
         servable_result = self._service.peek(key, seen_revision)
@@ -199,7 +201,7 @@ class WatchHub:
         published = watched.published_update
         if published is None:
             return  # the schedule has no response yet
-        can_send = servable_result is not None or published.snapshot is None or _is_final(published)
+        can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
             # `published` lacks its body if the body is large. The snapshot of `servable_result` has it, and
             # is sent if its content equals that of `published`. Otherwise `published` is sent.
@@ -230,9 +232,9 @@ class WatchHub:
 
     def _end_waiting(self, watched: WatchedTask) -> None:
         """Stop counting a task as one that waits for its first response."""
-        if watched.counted_for is not None:
-            self.waiting_tasks.remove(watched.counted_for)
-            watched.counted_for = None
+        if watched.unanswered_client is not None:
+            self.unanswered_tasks.remove(watched.unanswered_client)
+            watched.unanswered_client = None
 
     def _add_unpublished(self, snapshot: Snapshot) -> None:
         watched = self._watched.get(snapshot.key)
@@ -268,7 +270,7 @@ class WatchHub:
 
     def _publish(self, update: Update) -> None:
         watched = self._watched.get(update.key)
-        if watched is None or (_is_final(watched.published_update) and not _is_final(update)):
+        if watched is None or (watched.has_ended and not update.is_final):
             # The task has ended: drop every update that is not final. If the store has evicted the terminal
             # snapshot, it may report one that is not terminal.
             return
@@ -282,14 +284,11 @@ class WatchHub:
         )
         watched.published_update = reduced = update.without_large_body()
         # `put` refuses the update if the client has a newer one. The subscriber then awaits a refresh.
-        have_newer = [
-            subscriber
-            for subscriber in self.deliver_directly(update, recipients)
-            if not subscriber.put(update, reduced)
-        ]
+        remaining = self.deliver_directly(update, recipients)
+        have_newer = {each for each in remaining if not each.put(update, reduced)}
         if watched.overdue_error is not None:
-            self._put_overdue_state(watched, [each for each in recipients if each not in have_newer])
-        watched.subscribers_awaiting_refresh = set(have_newer)
+            self._put_overdue_state(watched, recipients - have_newer)
+        watched.subscribers_awaiting_refresh = have_newer
 
     def _set_overdue_error(self, watched: WatchedTask, failure: GatewayError | None) -> None:
         """Record why the task is overdue, if it is, and notify the subscribers of a change of the code."""
@@ -335,7 +334,7 @@ class WatchHub:
         self._publish_unpublished(reduced.key)
         if subscriber.has_unsent(reduced.key) or snapshot is None:
             return None
-        return None if _is_final(reduced) and not snapshot.terminal else Update(reduced.key, snapshot)
+        return None if reduced.is_final and not snapshot.terminal else Update(reduced.key, snapshot)
 
     def _refetch(self, key: TaskKey, subscriber: Subscriber) -> None:
         """Query a task whose body was evicted, and send the snapshot to this subscriber."""
@@ -345,7 +344,3 @@ class WatchHub:
         watched.subscribers_awaiting_refresh.add(subscriber)
         if not watched.refreshing and not watched.backing_off:
             self._refresher.restart(watched)
-
-
-def _is_final(update: Update | None) -> bool:
-    return update is not None and update.snapshot is not None and update.snapshot.terminal

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from gateway.domain.entity_tag import same_body
 from gateway.domain.errors import GatewayError, UpstreamRejected
-from gateway.domain.paced_calls import PacedCalls
+from gateway.domain.paced_callbacks import PacedCallbacks
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 
@@ -63,6 +63,11 @@ class Update:
     def is_sendable(self) -> bool:
         """Whether the update can be sent as it is: it is a failure, or it has its body."""
         return self.snapshot is None or bool(self.snapshot.body)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the task has ended."""
+        return self.snapshot is not None and self.snapshot.terminal
 
     def has_same_content(self, other: Update | None) -> bool:
         """Tell whether this update has the same content as `other`, and need not be sent after it."""
@@ -144,14 +149,14 @@ class Subscriber:
         keys: Sequence[TaskKey],
         client: bytes,
         *,
-        wakes: PacedCalls | None = None,
+        wakes: PacedCallbacks | None = None,
         seen_revisions: Mapping[TaskKey, int] = MappingProxyType({}),
         load_body: Callable[[Update, Subscriber], Update | None] = lambda _update, _subscriber: None,
         refetch: Callable[[TaskKey, Subscriber], None] = lambda _key, _subscriber: None,
     ) -> None:
         self.keys = keys
         self.client = client
-        self._wakes = wakes or PacedCalls()
+        self._wakes = wakes or PacedCallbacks()
         self.seen_revisions = dict(seen_revisions)
         self.not_found_keys: frozenset[TaskKey] = frozenset()
         self.shutting_down = False

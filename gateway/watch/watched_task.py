@@ -26,7 +26,7 @@ class WatchedTask:
             cached snapshot, or None.
         unpublished_snapshot: A newer snapshot, which the store has reported. It will be published in one of
             the next iterations of the event loop.
-        counted_for: The client to whose waiting tasks (`progress/waiting_tasks.py`) it counts, if any.
+        unanswered_client: The client for which it counts in `UnansweredTasks`; None if it does not.
         seen_revision: The newest revision that the client of any subscriber had received when it joined.
         runner: The asyncio task that runs the schedule; None when it is stopped.
         refreshing: The runner waits for the result of a refresh.
@@ -42,7 +42,7 @@ class WatchedTask:
     subscribers_awaiting_refresh: set[Subscriber] = field(default_factory=set)
     published_update: Update | None = None
     unpublished_snapshot: Snapshot | None = None
-    counted_for: bytes | None = None
+    unanswered_client: bytes | None = None
     seen_revision: int = 0
     runner: asyncio.Task[None] | None = None
     refreshing: bool = False
@@ -51,6 +51,11 @@ class WatchedTask:
     not_found: bool = False
     overdue_error: GatewayError | None = None
     check_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a terminal snapshot was published."""
+        return self.published_update is not None and self.published_update.is_final
 
     def mark_found(self) -> None:
         """Record that the upstream knows the task."""

@@ -20,7 +20,7 @@ import pytest
 
 import gateway as package
 from gateway.domain.errors import GatewayError
-from gateway.progress import waiting_tasks
+from gateway.progress import unanswered_tasks
 from tests.support.harness import (
     PATIENCE_SECONDS,
     Gateway,
@@ -214,7 +214,7 @@ def test_no_client_that_leaves_leaves_a_cycle(target: str) -> None:
 @pytest.mark.parametrize("target", ["/v1/progress?", "/v1/progress?wait=30&", "/v1/events?"])
 def test_no_refused_request_leaves_a_cycle(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that is refused because too many tasks wait for upstream calls."""
-    monkeypatch.setattr(waiting_tasks, "MAX_WAITING_TASKS_PER_CLIENT", 3)
+    monkeypatch.setattr(unanswered_tasks, "MAX_UNANSWERED_TASKS_PER_CLIENT", 3)
     with HeldUpstream() as upstream, gateway(upstream.url) as gate, gate.connect() as connection:
         tasks = "&".join(f"taskId={fresh_id()}" for _ in range(3))
         connection.sendall(f"GET /v1/events?{tasks} HTTP/1.1\r\nhost: x\r\n\r\n".encode())

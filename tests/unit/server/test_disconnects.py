@@ -16,7 +16,7 @@ from gateway.api.server_extensions import (
     all_while_connected,
     take_turn,
 )
-from gateway.domain.paced_calls import PacedCalls
+from gateway.domain.paced_callbacks import PacedCallbacks
 from gateway.server.exchange import Exchange
 from gateway.server.framing import parse_head
 
@@ -41,7 +41,7 @@ async def test_disconnect_calls_the_listeners_at_once() -> None:
 
 async def test_work_of_clients_that_have_left_ends_in_turn() -> None:
     """When clients with many tasks leave at once, the work of one ends in each iteration."""
-    pace, ended, called = PacedCalls(), [], []
+    pace, ended, called = PacedCallbacks(), [], []
 
     async def serve(number: int, exchange: Exchange) -> None:
         waiter = asyncio.Event()
@@ -68,7 +68,7 @@ async def test_work_of_clients_that_have_left_ends_in_turn() -> None:
 async def test_work_for_many_tasks_is_cancelled_when_the_client_leaves() -> None:
     """The results of a batch are not awaited any more, and their work ends."""
     exchange = exchange_with({})
-    exchange.scope["extensions"][CONNECTION].pace = PacedCalls()
+    exchange.scope["extensions"][CONNECTION].pace = PacedCallbacks()
     works = [asyncio.create_task(asyncio.sleep(60)) for _ in range(3)]
     reading = asyncio.create_task(
         all_while_connected(exchange.scope, Mock(), asyncio.gather(*works), tasks=3)
@@ -83,7 +83,7 @@ async def test_work_for_many_tasks_is_cancelled_when_the_client_leaves() -> None
 
 async def test_client_that_leaves_before_its_turn_is_dropped() -> None:
     """The work for its request does not begin."""
-    loop, pace = asyncio.get_running_loop(), PacedCalls()
+    loop, pace = asyncio.get_running_loop(), PacedCallbacks()
     exchange = exchange_with({})
     connection = exchange.scope["extensions"][CONNECTION]
     connection.pace, connection.client_has_left.return_value = pace, False

@@ -821,20 +821,20 @@ async def codes(subscriber: Subscriber) -> list[str | None]:
 async def test_watch_counts_tasks_until_their_first_snapshot(watch: WatchHub, store: MemoryStore) -> None:
     """A task without a snapshot counts for the client that asked first, until it has one or is left."""
     keys = [of(task_id, "").key for task_id in "abc"]
-    with watch.admit(keys, client=b"first") as schedules:
-        assert (schedules, len(watch.waiting_tasks)) == (3, 3)
+    with watch.reserve(keys, client=b"first") as schedules:
+        assert (schedules, len(watch.unanswered_tasks)) == (3, 3)
     with watch.subscribe(keys, SubscriptionKind.EVENTS, client=b"first"):
-        with watch.admit(keys, client=b"second") as schedules:
-            assert (schedules, len(watch.waiting_tasks)) == (0, 3)
+        with watch.reserve(keys, client=b"second") as schedules:
+            assert (schedules, len(watch.unanswered_tasks)) == (0, 3)
         with watch.subscribe(keys, SubscriptionKind.EVENTS, client=b"second"):
             store.put(of("a", "1"))
             await asyncio.sleep(0)
-            assert len(watch.waiting_tasks) == 2
+            assert len(watch.unanswered_tasks) == 2
             store.put(of("a", "2"))
             await asyncio.sleep(0)
-            assert len(watch.waiting_tasks) == 2
-        assert len(watch.waiting_tasks) == 2
-    assert len(watch.waiting_tasks) == 0
+            assert len(watch.unanswered_tasks) == 2
+        assert len(watch.unanswered_tasks) == 2
+    assert len(watch.unanswered_tasks) == 0
     await watch.aclose()
 
 
@@ -842,12 +842,12 @@ async def test_watch_admits_known_tasks_without_counting(watch: WatchHub, store:
     """A task with a snapshot, however old, does not wait for its first one, even if many others do."""
     known, unknown = of("a", "1"), of("b", "1")
     store.put(known)
-    with watch.waiting_tasks.counted(b"greedy", 20_000):
-        with watch.admit([known.key], client=b"greedy") as schedules:
+    with watch.unanswered_tasks.counted(b"greedy", 20_000):
+        with watch.reserve([known.key], client=b"greedy") as schedules:
             assert schedules == 1
         with watch.subscribe([known.key], SubscriptionKind.EVENTS, client=b"greedy"):
-            assert len(watch.waiting_tasks) == 20_000
-        with pytest.raises(Overloaded), watch.admit([known.key, unknown.key], client=b"greedy"):
+            assert len(watch.unanswered_tasks) == 20_000
+        with pytest.raises(Overloaded), watch.reserve([known.key, unknown.key], client=b"greedy"):
             pass
     await watch.aclose()
 

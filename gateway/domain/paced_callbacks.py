@@ -17,7 +17,7 @@ Run = Coroutine[object, object, None]
 Tasks = set[asyncio.Task[None]]
 
 
-class PacedCalls:
+class PacedCallbacks:
     """Makes a few calls per iteration of the event loop: of each client in their order, of all in turn.
 
     A request takes some hundred microseconds to start. The work for a hundred tasks that are not cached takes

@@ -2,28 +2,23 @@
 
 from contextlib import ExitStack
 
-from gateway.domain.errors import Overloaded
-from gateway.progress.waiting_tasks import WaitingTasks
+from gateway.progress.unanswered_tasks import UnansweredTasks
 
 ONE, OTHER, THIRD = b"1", b"2", b"3"
 
 
-def refuses(waiting: WaitingTasks, client: bytes, tasks: int) -> bool:
+def refuses(waiting: UnansweredTasks, client: bytes, tasks: int) -> bool:
     """Return whether a request is refused that would wait for so many tasks."""
     before = len(waiting)
-    try:
-        with waiting.counted(client, tasks):
-            assert len(waiting) == before + tasks
-    except Overloaded:
-        return True
-    finally:
-        assert len(waiting) == before
-    return False
+    with waiting.counted(client, tasks):
+        assert len(waiting) == before + tasks
+    assert len(waiting) == before
+    return not waiting.has_room(client, tasks)
 
 
 def test_tasks_of_one_client_and_of_all_wait_within_limits() -> None:
     """4,000 tasks of one client may wait, and 8,000 of all."""
-    waiting = WaitingTasks()
+    waiting = UnansweredTasks()
     with waiting.counted(ONE, 4_000):
         assert refuses(waiting, ONE, 1)
         with waiting.counted(OTHER, 4_000):
@@ -35,7 +30,7 @@ def test_tasks_of_one_client_and_of_all_wait_within_limits() -> None:
 
 def test_clients_with_few_waiting_tasks_have_a_reserve() -> None:
     """Two clients cannot keep others from waiting: of each, 100 tasks still may, up to 4,000."""
-    waiting = WaitingTasks()
+    waiting = UnansweredTasks()
     with ExitStack() as stack:
         for number in range(2):
             stack.enter_context(waiting.counted(b"%d" % number, 4_000))
@@ -50,7 +45,7 @@ def test_clients_with_few_waiting_tasks_have_a_reserve() -> None:
 
 def test_requests_larger_than_the_limit_wait_alone() -> None:
     """With a large limits.max_tasks_per_request, one request may exceed the limits, if no other one waits."""
-    waiting = WaitingTasks()
+    waiting = UnansweredTasks()
     with waiting.counted(ONE, 9_000):
         assert refuses(waiting, ONE, 1)
         assert refuses(waiting, OTHER, 101)
@@ -59,7 +54,7 @@ def test_requests_larger_than_the_limit_wait_alone() -> None:
 
 def test_requests_without_waiting_tasks_are_always_admitted() -> None:
     """A request for known tasks does not wait, however many others do."""
-    waiting = WaitingTasks()
+    waiting = UnansweredTasks()
     with waiting.counted(ONE, 20_000):
         assert not refuses(waiting, ONE, 0)
         assert not refuses(waiting, OTHER, 0)
@@ -67,7 +62,7 @@ def test_requests_without_waiting_tasks_are_always_admitted() -> None:
 
 def test_tasks_are_counted_until_their_first_response() -> None:
     """Tasks that were admitted are counted one by one, and removed in any order."""
-    waiting = WaitingTasks()
+    waiting = UnansweredTasks()
     for _ in range(4_000):
         waiting.add(ONE)
     assert refuses(waiting, ONE, 1)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from gateway.domain.paced_calls import PacedCalls
+from gateway.domain.paced_callbacks import PacedCallbacks
 
 
 class Bench:
@@ -16,7 +16,7 @@ class Bench:
         self.started: list[int] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self._followed = followed
-        self._pace = PacedCalls()
+        self._pace = PacedCallbacks()
 
     def add(self, *numbers: int) -> None:
         loop = asyncio.get_running_loop()
@@ -70,7 +70,7 @@ async def test_starts_more_requests_when_many_wait() -> None:
 
 async def test_heavy_work_has_an_iteration_for_itself() -> None:
     """Of forty turns for a hundred tasks each, no two are in the same iteration."""
-    pace, order = PacedCalls(), []
+    pace, order = PacedCallbacks(), []
 
     async def work(number: int) -> None:
         await pace.turn(tasks=100, client=b"")
@@ -87,14 +87,14 @@ async def test_heavy_work_has_an_iteration_for_itself() -> None:
 
 async def test_turn_comes_at_once_if_nothing_waits() -> None:
     """The first turn of an iteration needs no other iteration."""
-    turn = PacedCalls().turn(tasks=100, client=b"")
+    turn = PacedCallbacks().turn(tasks=100, client=b"")
     with pytest.raises(StopIteration):
         turn.send(None)
 
 
 async def test_turn_of_a_cancelled_request_is_skipped() -> None:
     """Who waits behind it has its turn all the same."""
-    pace = PacedCalls()
+    pace = PacedCallbacks()
     first, second, third = (asyncio.create_task(pace.turn(tasks=100, client=b"")) for _ in range(3))
     await first
     second.cancel()
