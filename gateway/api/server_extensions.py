@@ -1,8 +1,8 @@
 """ASGI extensions of our own server (`gateway/server`), with fallbacks for other servers.
 
-They are in the scope's `extensions`, and save memory and time with thousands of open streams: a callback on
-disconnect instead of a task that awaits `receive`, a way to send without waking a task, and a way to check,
-before the work for a request begins, whether its client has left.
+They are in the scope's `extensions`. Two save memory and time with thousands of open streams: a callback on
+disconnect instead of an asyncio task that awaits `receive`, and a way to send without waking one. The others
+let requests with work for many tasks take turns, and check whether a client has left before its work begins.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from gateway.api.client_limits import client_key
 # DISCONNECTED is one of its keys, and values that are added later are never called.
 ON_DISCONNECT = "gateway.on_disconnect"
 DISCONNECTED = "disconnected"
-CONNECTION = "gateway.connection"  # a `ServerConnection`, until the client leaves
+CONNECTION = "gateway.connection"  # a `ServerConnection`, until the response ends or the client leaves
 
 T = TypeVar("T")
 
 
-class Pace(Protocol):
+class Turns(Protocol):
     """Lets requests do their work in turn."""
 
     async def turn(self, *, tasks: int, client: bytes) -> None:
@@ -38,8 +38,8 @@ class ServerConnection(Protocol):
     """What an endpoint may use of the connection of its request."""
 
     @property
-    def pace(self) -> Pace:
-        """The pace of all requests of the server."""
+    def heavy_work(self) -> Turns:
+        """The turns of all requests of the server that have work for many tasks."""
 
     def direct_transport(self) -> asyncio.WriteTransport | None:
         """Return the transport if the response has a body of unknown length, and its head has been sent.
@@ -54,24 +54,29 @@ class ServerConnection(Protocol):
         """
 
 
+def _connection_of(scope: Scope) -> ServerConnection | None:
+    connection: ServerConnection | None = scope.get("extensions", {}).get(CONNECTION)
+    return connection
+
+
 def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
     """Return the transport to which parts of this response may be written directly, if there is one.
 
     Call it after a part of the body was sent: until then the server may not have written the head.
     """
-    connection: ServerConnection | None = scope.get("extensions", {}).get(CONNECTION)
+    connection = _connection_of(scope)
     return None if connection is None else connection.direct_transport()
 
 
-def require_client(scope: Scope) -> None:
+def _require_connected(scope: Scope) -> None:
     """Check that the client is still connected. Raises: ClientDisconnect if it has left.
 
     Without this, the requests of clients that connect, send and leave would start queries for a hundred tasks
     each.
     """
-    extensions = scope.get("extensions", {})
-    connection: ServerConnection | None = extensions.get(CONNECTION)
-    if DISCONNECTED in extensions.get(ON_DISCONNECT, ()) or (connection and connection.client_has_left()):
+    connection = _connection_of(scope)
+    has_left = DISCONNECTED in scope.get("extensions", {}).get(ON_DISCONNECT, ())
+    if has_left or (connection is not None and connection.client_has_left()):
         raise ClientDisconnect
 
 
@@ -80,12 +85,11 @@ async def take_turn(scope: Scope, *, tasks: int) -> None:
 
     So a burst of requests for a hundred tasks each does not delay all other clients.
     """
-    require_client(scope)
-    extensions = scope.get("extensions", {})
-    connection: ServerConnection | None = extensions.get(CONNECTION)
+    _require_connected(scope)
+    connection = _connection_of(scope)
     if connection is not None:
-        await connection.pace.turn(tasks=tasks, client=client_key(scope))
-        require_client(scope)
+        await connection.heavy_work.turn(tasks=tasks, client=client_key(scope))
+        _require_connected(scope)
 
 
 def is_chunked(scope: Scope) -> bool:
@@ -108,14 +112,16 @@ class DisconnectListener:
     the handler will now end its work for them.
     """
 
-    __slots__ = ("_callback", "_callbacks", "_client", "_listener", "_pace", "_receive", "_tasks")
+    __slots__ = ("_callback", "_callbacks", "_client", "_listener", "_receive", "_tasks", "_turns")
 
     def __init__(
         self, scope: Scope, receive: Receive, callback: Callable[[], None], *, tasks: int = 0
     ) -> None:
         extensions = scope.get("extensions", {})
         self._callbacks: dict[object, object] | None = extensions.get(ON_DISCONNECT)
-        self._pace: Pace | None = extensions[CONNECTION].pace if tasks and CONNECTION in extensions else None
+        self._turns: Turns | None = None
+        if tasks and CONNECTION in extensions:
+            self._turns = extensions[CONNECTION].heavy_work
         self._client = client_key(scope)
         self._tasks = tasks
         self._receive = receive
@@ -133,8 +139,8 @@ class DisconnectListener:
     async def __aexit__(self, *exc_info: object) -> None:
         if self._callbacks is not None:
             self._callbacks.pop(self, None)
-            if self._pace is not None and DISCONNECTED in self._callbacks:
-                await self._pace.turn(tasks=self._tasks, client=self._client)
+            if self._turns is not None and DISCONNECTED in self._callbacks:
+                await self._turns.turn(tasks=self._tasks, client=self._client)
         if self._listener is not None:
             self._listener.cancel()
             with suppress(asyncio.CancelledError):

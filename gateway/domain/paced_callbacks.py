@@ -1,4 +1,4 @@
-"""Makes calls a few at a time, so that a burst of requests, changes or disconnects does not delay others."""
+"""Runs callbacks a few at a time, so that a burst of requests, changes or disconnects delays nothing else."""
 
 from __future__ import annotations
 
@@ -7,84 +7,85 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from functools import partial
 
-# The weight of the calls of one iteration; the last call may exceed it. An eighth of the number of waiting
-# calls comes on top of it, so that a short queue does not last, however long the iterations are.
+# The weight of the callbacks of one iteration; the last one may exceed it. An eighth of the waiting callbacks
+# is added, up to the maximum, so that a long queue shrinks quickly even if iterations are slow.
 _PER_ITERATION = 2
 _MOST_PER_ITERATION = 64
 _TASKS_OF_WEIGHT = 8  # work for so many tasks weighs as much as the start of a request
 
 Run = Coroutine[object, object, None]
-Tasks = set[asyncio.Task[None]]
+Running = set[asyncio.Task[None]]
 
 
 class PacedCallbacks:
-    """Makes a few calls per iteration of the event loop: of each client in their order, of all in turn.
+    """Runs a few callbacks in each iteration of the event loop.
 
     A request takes some hundred microseconds to start. The work for a hundred tasks that are not cached takes
     ten milliseconds, and as long again if the client leaves before the response. If all of a burst happened
     in the same iteration, a request that arrives meanwhile would wait for all of them, even if its response
-    is cached. The clients take turns, so a burst of one client delays a request of another by one call.
+    is cached. The callbacks of one client keep their order. The clients take turns, so that a burst of one
+    client does not delay the others.
 
-    `per_iteration`: the weight of the calls of one iteration when no others wait. A client is a key of
+    `per_iteration`: the weight of the callbacks of one iteration when no others wait. A client is a key of
     `api/client_limits.py`.
     """
 
     def __init__(self, *, per_iteration: int = _PER_ITERATION) -> None:
         self._per_iteration = per_iteration
-        self._used = 0  # weight of the calls of this iteration
+        self._used = 0  # weight of the callbacks of this iteration
         self._allowed = per_iteration
         self._waiting = 0
         self._queues: OrderedDict[bytes, deque[tuple[Callable[[], object], int]]] = OrderedDict()
 
-    def start(self, loop: asyncio.AbstractEventLoop, run: Run, tasks: Tasks, *, client: bytes) -> None:
-        """Run a request in a task, after earlier calls; `tasks` has the task while it runs."""
-        self.add(loop, partial(_start, loop, run, tasks), weight=1, client=client)
+    def start(self, loop: asyncio.AbstractEventLoop, run: Run, running: Running, *, client: bytes) -> None:
+        """Run a request in an asyncio task, after earlier callbacks; `running` has it while it runs."""
+        self.add(loop, partial(_start, loop, run, running), weight=1, client=client)
 
     async def turn(self, *, tasks: int, client: bytes) -> None:
-        """Wait for earlier calls, and count what the caller does next for so many tasks as one of them."""
+        """Wait for earlier callbacks. The work that follows, for so many tasks, counts as one of them."""
         ready = asyncio.get_running_loop().create_future()
         self.resolve(ready, weight=1 + tasks // _TASKS_OF_WEIGHT, client=client)
         await ready
 
     def resolve(self, future: asyncio.Future[None], *, weight: int = 1, client: bytes = b"") -> None:
-        """Resolve a future after earlier calls, unless its waiter was cancelled."""
+        """Resolve a future after earlier callbacks, unless its waiter was cancelled."""
         self.add(future.get_loop(), partial(_resolve, future), weight=weight, client=client)
 
     def add(
-        self, loop: asyncio.AbstractEventLoop, call: Callable[[], object], *, weight: int, client: bytes
+        self, loop: asyncio.AbstractEventLoop, callback: Callable[[], object], *, weight: int, client: bytes
     ) -> None:
-        """Make a call after those that this client added before."""
+        """Run a callback after those that this client added before."""
         if self._used < self._allowed:
-            self._make(loop, call, weight)
+            self._run(loop, callback, weight)
             return
         self._waiting += 1
         queue = self._queues.get(client)
         if queue is None:
             queue = self._queues[client] = deque()
-        queue.append((call, weight))
+        queue.append((callback, weight))
 
-    def _make(self, loop: asyncio.AbstractEventLoop, call: Callable[[], object], weight: int) -> None:
+    def _run(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], object], weight: int) -> None:
         if not self._used:
             loop.call_soon(self._on_next_iteration, loop)
         self._used += weight
-        call()
+        callback()
 
     def _on_next_iteration(self, loop: asyncio.AbstractEventLoop) -> None:
         self._used = 0
         self._allowed = min(self._per_iteration + self._waiting // 8, _MOST_PER_ITERATION)
         while self._queues and self._used < self._allowed:
             client, queue = self._queues.popitem(last=False)
-            call, weight = queue.popleft()
+            callback, weight = queue.popleft()
             self._waiting -= 1
             if queue:
                 self._queues[client] = queue  # the last one of the next round
-            self._make(loop, call, weight)
+            self._run(loop, callback, weight)
 
 
-def _start(loop: asyncio.AbstractEventLoop, run: Run, tasks: Tasks) -> None:
+def _start(loop: asyncio.AbstractEventLoop, run: Run, running: Running) -> None:
     task = loop.create_task(run)
-    tasks.add(task)
-    task.add_done_callback(tasks.discard)
+    running.add(task)
+    task.add_done_callback(running.discard)
 
 
 def _resolve(ready: asyncio.Future[None]) -> None:

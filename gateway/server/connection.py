@@ -55,8 +55,8 @@ class Connection(ClientTransport):
     """One connection. All share the attributes below. `application` replaces uvicorn's, if it is set."""
 
     application: ASGIApp | None = None
-    starts: PacedCallbacks
-    pace: PacedCallbacks  # of the work for many tasks
+    request_starts: PacedCallbacks
+    heavy_work: PacedCallbacks  # for many tasks
 
     __slots__ = (
         "_blank_bytes",  # bytes of empty lines before the request
@@ -275,7 +275,7 @@ class Connection(ClientTransport):
         else:
             self._deadline.set(self.limits.header_seconds + _BODY_GRACE_SECONDS)
         run = exchange.run(self.application or self._config.loaded_app)
-        self.starts.start(self.loop, run, self.server_state.tasks, client=client_key(scope))
+        self.request_starts.start(self.loop, run, self.server_state.tasks, client=client_key(scope))
 
     def _read_body(self, body: BodyDecoder, exchange: Exchange) -> bool:
         if exchange.is_body_buffer_full:

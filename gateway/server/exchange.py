@@ -53,7 +53,7 @@ class ClientConnection(Protocol):
     """What an exchange uses of its connection to the client."""
 
     write_paused: bool  # the write buffer is full: the client does not read fast enough
-    pace: PacedCallbacks  # of the work that ends when clients leave, and of the work for many tasks
+    heavy_work: PacedCallbacks  # for many tasks, or for a client that has left
 
     def write(self, data: bytes) -> None:
         """Send bytes to the client, unless it has disconnected."""

@@ -5,8 +5,8 @@
                                                         -> a simple miss -> wait -> write
                                                         -> else          -> exchange with the application
 
-A hit needs no ASGI scope and no asyncio task. The setting `server.edge` turns this on or off.
-`api.cached_responses` decides whether a request is a hit or a simple miss, and builds the response.
+A hit needs no ASGI scope and no asyncio task. The setting `server.edge` turns this on or off; traces turn it
+off. `api.cached_responses` decides whether a request is a hit or a simple miss, and builds the response.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class SimpleMiss(Exchange):
         self._task: asyncio.Task[None] | None = None
 
     def disconnect(self) -> None:
-        """Stop waiting; the application then writes the log. Of many clients that leave together, in turn."""
+        """Stop waiting, so that the application writes the log. Of many clients, a few stop at a time."""
         super().disconnect()
         if self._task is not None:
-            pace, client = self._connection.pace, client_key(self.scope)
-            pace.add(self._task.get_loop(), self._cancel, weight=1, client=client)
+            turns, client = self._connection.heavy_work, client_key(self.scope)
+            turns.add(self._task.get_loop(), self._cancel, weight=1, client=client)
 
     def _cancel(self) -> None:
         if self._task is not None:

@@ -21,8 +21,8 @@ def make_protocol_class(
     """
     attributes: dict[str, object] = {
         "limits": limits,
-        "starts": PacedCallbacks(),
-        "pace": PacedCallbacks(),
+        "request_starts": PacedCallbacks(),
+        "heavy_work": PacedCallbacks(),
         "application": application,
     }
     if hits is None:

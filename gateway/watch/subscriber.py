@@ -102,9 +102,9 @@ class OverdueState(NamedTuple):
 class Subscriber:
     """One open stream or long poll.
 
-    `wakes` paces the wakes of all subscribers.
-    `load_body` returns an update with its body, or None if the store has evicted the body. In that case
-    `refetch` refreshes the task, and the hub calls `put` with the result.
+    `wakes` paces the wakes of all subscribers. `load_body` returns an update with its body, or None if it
+    cannot be sent, usually because the store has evicted the body. If there is no newer update, `refetch`
+    then refreshes the task, and the hub calls `put` with the result.
 
     Attributes:
         seen_revisions: The revisions that the client had received before it subscribed, by task. `put`
@@ -112,8 +112,9 @@ class Subscriber:
         direct_transport: The transport of the connection, for direct writes: writes that do not go through
             the stream's asyncio task (the task that awaits `wait`). None if the server does not support them.
         chunked: Whether bytes that are written directly must have the form of a chunk (RFC 9112, 7.1).
-        transport_if_idle: `direct_transport` while the stream's asyncio task waits and no update is unsent.
-            None otherwise, because a direct write would then overtake an older update.
+        transport_if_idle: `direct_transport` while the stream's asyncio task waits and nothing is unsent, and
+            no newer snapshot was seen by the client. Otherwise None: a direct write would overtake an older
+            update, or could be older than what the client has.
         not_found_keys: Tasks whose queries the upstream has rejected for `watch.unknown_task_seconds`.
         shutting_down: The gateway shuts down; the stream must end.
         disconnected: The client has closed the connection.

@@ -52,7 +52,7 @@ async def test_work_of_clients_that_have_left_ends_in_turn() -> None:
 
     exchanges = [exchange_with({}) for _ in range(4)]
     for exchange in exchanges:
-        exchange.scope["extensions"][CONNECTION].pace = pace
+        exchange.scope["extensions"][CONNECTION].heavy_work = pace
     tasks = [asyncio.create_task(serve(number, each)) for number, each in enumerate(exchanges)]
     await asyncio.sleep(0)
     for exchange in exchanges:
@@ -68,7 +68,7 @@ async def test_work_of_clients_that_have_left_ends_in_turn() -> None:
 async def test_work_for_many_tasks_is_cancelled_when_the_client_leaves() -> None:
     """The results of a batch are not awaited any more, and their work ends."""
     exchange = exchange_with({})
-    exchange.scope["extensions"][CONNECTION].pace = PacedCallbacks()
+    exchange.scope["extensions"][CONNECTION].heavy_work = PacedCallbacks()
     works = [asyncio.create_task(asyncio.sleep(60)) for _ in range(3)]
     reading = asyncio.create_task(
         all_while_connected(exchange.scope, Mock(), asyncio.gather(*works), tasks=3)
@@ -86,7 +86,7 @@ async def test_client_that_leaves_before_its_turn_is_dropped() -> None:
     loop, pace = asyncio.get_running_loop(), PacedCallbacks()
     exchange = exchange_with({})
     connection = exchange.scope["extensions"][CONNECTION]
-    connection.pace, connection.client_has_left.return_value = pace, False
+    connection.heavy_work, connection.client_has_left.return_value = pace, False
     for _ in range(2):  # of this iteration, and of the next one
         pace.add(loop, Mock(), weight=100, client=b"")
     turn = asyncio.create_task(take_turn(exchange.scope, tasks=100))
