@@ -276,15 +276,13 @@ class UpstreamClient:
         if not state.wanted:
             state.on_unwanted(state)
             await asyncio.sleep(0)  # raises CancelledError: `on_unwanted` has cancelled this asyncio task
-        make_deadline_error = query.state.make_deadline_error
-        query.state.make_deadline_error = (
-            _concurrency_deadline_error if permit.sent_at is None else make_deadline_error
-        )
+        if permit.sent_at is None:
+            state.make_deadline_error = _concurrency_deadline_error
         slot = await self._concurrency_limit.acquire(state, is_refresh=query.is_refresh)
         try:
             self._check_can_send(query, permit)
             began = self._now()
-            query.state.make_deadline_error = make_deadline_error
+            state.make_deadline_error = make_upstream_timeout
             with self._breakers[operation].guard(
                 is_refresh=query.is_refresh, cancelled_fails_after_seconds=self._half_timeout_seconds
             ):
@@ -295,14 +293,11 @@ class UpstreamClient:
                     response = await self._signed_calls.send(
                         query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
                     )
-        except asyncio.CancelledError:
-            if state.runs_to_end:  # the call is on the wire
+        except BaseException as exc:
+            if isinstance(exc, asyncio.CancelledError) and state.runs_to_end:  # the call is on the wire
                 slot.on_query_cancelled()
             else:
                 slot.release()
-            raise
-        except BaseException:
-            slot.release()
             raise
         slot.release()
         self._update_latency(operation, self._now() - began)
