@@ -22,12 +22,12 @@ from gateway.api.server_extensions import DisconnectListener, all_while_connecte
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.wait_parameter import requested_wait
 from gateway.domain.entity_tag import EntityTags, digest_of, matches, possible_tags
-from gateway.domain.errors import GatewayError, Overloaded
+from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import Status, TaskKey
 from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.progress.service import ProgressService
-from gateway.progress.unanswered_tasks import too_many_tasks
+from gateway.progress.unanswered_tasks import RETRY_SECONDS, too_many_tasks
 from gateway.watch.hub import WatchHub
 from gateway.watch.subscriber import Subscriber, SubscriptionKind, Update
 
@@ -68,7 +68,7 @@ class BatchEndpoint:
         else:
             outcomes = await self._read(scope, receive, keys, seen)
         scope["state"]["outcomes"] = outcomes  # for the request log
-        stale = {outcome.key: self._stale_code_of(outcome) for outcome in outcomes}
+        stale = {outcome.key: self._stale_code(outcome.key) for outcome in outcomes}
         digest = _digest(
             _Item.of(outcome.snapshot if isinstance(outcome, FoundSnapshot) else outcome.failure).text(
                 stale[outcome.key]
@@ -97,11 +97,6 @@ class BatchEndpoint:
         reason = self._service.overdue_rules.error(key)
         return None if reason is None else reason.code
 
-    def _stale_code_of(self, outcome: FoundSnapshot | LookupFailure) -> str | None:
-        if isinstance(outcome, FoundSnapshot) and isinstance(outcome.failure, Overloaded):
-            return outcome.failure.code  # `overdue_rules` knows only of queries
-        return self._stale_code(outcome.key)
-
     async def _read(
         self,
         scope: Scope,
@@ -113,7 +108,7 @@ class BatchEndpoint:
     ) -> list[FoundSnapshot | LookupFailure]:
         """Return the result of each task.
 
-        When too many tasks are unanswered already, those that are not cached fail, or have an older snapshot.
+        When too many tasks are unanswered already, new ones fail.
 
         Raises: ClientDisconnect when the client disconnects first, Overloaded when all tasks would fail.
         `seen`: the revisions that the client has received, by task. It must not receive older ones.
@@ -124,28 +119,29 @@ class BatchEndpoint:
         if not missing:
             return [result for result in cached.values() if result is not None]
         client, unanswered = client_key(scope), self._hub.unanswered_tasks
-        if unanswered.has_room(client, len(missing)):
-            with unanswered.counted(client, len(missing)):
-                await take_turn(scope, tasks=len(missing))
-                read = await all_while_connected(
-                    scope,
-                    receive,
-                    asyncio.gather(
-                        *(
-                            self._service.get_after_miss(key, client=client, seen_revision=seen.get(key, 0))
-                            for key in missing
-                        )
-                    ),
-                    tasks=len(missing),
-                )
-        else:
+        new = [key for key in missing if self._hub.is_new(key)]
+        refused: dict[TaskKey, LookupFailure] = {}
+        if not unanswered.has_room(client, len(new)):
             failure = too_many_tasks()
-            get = self._service.get_without_query
-            read = [get(key, failure, seen_revision=seen.get(key, 0)) for key in missing]
-            refused = sum(isinstance(each, LookupFailure) and each.failure is failure for each in read)
-            if refused == len(keys) and not others_known:
-                raise too_many_tasks()  # a new one: the traceback of `failure` would refer to `read`
-        outcomes = cached | dict(zip(missing, read, strict=True))
+            refused = {key: self._service.refuse(key, failure) for key in new}
+            if not others_known and [each.failure for each in refused.values()] == [failure] * len(keys):
+                raise too_many_tasks()  # a new one: the traceback of `failure` would refer to `refused`
+        queried = [key for key in missing if key not in refused]
+        with unanswered.counted(client, len(new) - len(refused)):
+            if queried:
+                await take_turn(scope, tasks=len(queried))
+            read = await all_while_connected(
+                scope,
+                receive,
+                asyncio.gather(
+                    *(
+                        self._service.get_after_miss(key, client=client, seen_revision=seen.get(key, 0))
+                        for key in queried
+                    )
+                ),
+                tasks=len(queried),
+            )
+        outcomes = cached | dict(zip(queried, read, strict=True)) | refused
         return [outcome for outcome in outcomes.values() if outcome is not None]
 
     async def _wait_for_change(
@@ -162,7 +158,7 @@ class BatchEndpoint:
 
         Without If-None-Match, it must differ from the one on arrival. Only the hub's schedules call the
         upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`. When too many tasks are
-        unanswered already, new ones fail.
+        unanswered already, new ones fail after a shorter wait.
 
         Raises: ClientDisconnect when the client disconnects first, Overloaded when all tasks would fail.
         """
@@ -171,6 +167,8 @@ class BatchEndpoint:
         has_room = self._hub.unanswered_tasks.has_room(client, len(new))
         # If all tasks are new, `reserve` refuses them.
         watched = keys if has_room else [key for key in keys if key not in new] or keys
+        if len(watched) < len(keys):
+            wait = min(wait, RETRY_SECONDS)  # then the others are tried again
         with self._clients.subscription(scope):
             with self._hub.reserve(watched, client=client) as schedules:
                 await take_turn(scope, tasks=schedules)
@@ -185,7 +183,7 @@ class BatchEndpoint:
                             await latest.wait_for_change(subscriber)
                 await self._service.read_arrived_messages()
         known: dict[TaskKey, FoundSnapshot | LookupFailure] = {}
-        for key in keys:
+        for key in watched:
             failure = latest.failure(key)
             outcome = (
                 LookupFailure(key, failure, CacheStatus.NEGATIVE)
@@ -209,9 +207,10 @@ class BatchEndpoint:
         seen: Mapping[TaskKey, int],
     ) -> _Latest:
         # A function of its own: no variable of a long poll has a snapshot, whose body may be large.
-        failure = _Item.of(too_many_tasks())
-        items = {key: failure for key in keys if key not in watched}
+        refused = _Item.of(too_many_tasks())
+        items = dict.fromkeys(keys, refused)
         for key in watched:
+            del items[key]
             if (result := self._service.peek(key, seen.get(key, 0))) is not None:
                 items[key] = _Item.of(result.snapshot)
         stale = {key: self._stale_code(key) for key in watched if key in items}

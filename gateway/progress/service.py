@@ -156,17 +156,10 @@ class ProgressService:
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
-    def get_without_query(
-        self, key: TaskKey, failure: GatewayError, *, seen_revision: int = 0
-    ) -> FoundSnapshot | LookupFailure:
-        """Return a stale snapshot, the cached failure, or else this failure, and count a lookup.
-
-        For a caller to which `lookup` has just returned None, and which must not wait for a query.
-        """
-        failure = self._store.cached_failure(key) or failure
-        outcome = self._stale_if_error(LookupFailure(key, failure, CacheStatus.NEGATIVE), seen_revision)
-        self._metrics.count(key.operation, outcome.cache_status)
-        return outcome
+    def refuse(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
+        """Return the cached failure of a task, or else this failure, and count a lookup."""
+        self._metrics.count(key.operation, CacheStatus.NEGATIVE)
+        return LookupFailure(key, self._store.cached_failure(key) or failure, CacheStatus.NEGATIVE)
 
     def count_lookup(self, outcome: FoundSnapshot | LookupFailure) -> None:
         """Count one lookup with this outcome. Long polls call this method, because `peek` counts none."""

@@ -19,12 +19,12 @@ MAX_UNANSWERED_TASKS_PER_CLIENT = 4_000
 # More of clients with few unanswered tasks, so that two clients cannot keep all others from waiting.
 RESERVED_UNANSWERED_TASKS = 4_000
 MAX_RESERVED_PER_CLIENT = 100
-_RETRY_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 
 
 def too_many_tasks() -> Overloaded:
     """Return the error for a request for which there is no room."""
-    return Overloaded("too many tasks wait for upstream calls", retry_after=_RETRY_SECONDS)
+    return Overloaded("too many tasks wait for upstream calls", retry_after=RETRY_SECONDS)
 
 
 class UnansweredTasks:

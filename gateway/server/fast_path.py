@@ -84,13 +84,8 @@ class SimpleMiss(Exchange):
         self._task: asyncio.Task[None] | None = None
 
     def disconnect(self) -> None:
-        """Stop waiting, so that the application writes the log. Of many clients, a few stop at a time."""
+        """Stop waiting."""
         super().disconnect()
-        if self._task is not None:
-            turns, client = self._connection.heavy_work, client_key(self.scope)
-            turns.add(self._task.get_loop(), self._cancel, weight=1, client=client)
-
-    def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
@@ -99,13 +94,12 @@ class SimpleMiss(Exchange):
         self._task = asyncio.current_task()
         try:
             response, request_id = await self._hits.wait(self._key, self._traits, self.scope)
-            self._task = None
-            if self.disconnected:
-                return
             head = self._heads.render(response, self._default_headers)
         except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001  # the application reports it
             self._task = None
             self.scope["state"][FAILURE] = ClientDisconnect() if self.disconnected else exc
+            if self.disconnected:  # the application only writes the log, for few clients at a time
+                await self._connection.heavy_work.turn(tasks=1, client=client_key(self.scope))
             await super()._call(app)
             return
         self._connection.response_started()

@@ -314,8 +314,8 @@ def _listen_unix(path: str, *, backlog: int) -> UnixSocket:
 def _configure_garbage_collection() -> None:
     # A full collection visits every live object and blocks the event loop: 140 ms of CPU with 5,000 streams.
     # The gateway creates no reference cycles, not even with exceptions (tests/integration/test_garbage.py).
-    # Only libraries create them, and these may be kept until 600,000 more objects exist. The threshold of the
-    # middle generation is small: when thousands of streams open, each of its collections takes 5 ms. With a
-    # threshold ten times as large, one takes 36 ms.
+    # Only libraries create them, and these may be kept until 2,000,000 more objects exist. The threshold of
+    # the middle generation is small: when thousands of streams open, each of its collections takes 5 ms. With
+    # a threshold ten times as large, one takes 36 ms.
     gc.freeze()
-    gc.set_threshold(2_000, 5, 50)
+    gc.set_threshold(2_000, 5, 200)

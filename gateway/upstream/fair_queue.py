@@ -3,7 +3,7 @@
     add -> the end of the client's own queue -> pop: the first item of the next client
 
 A client with many items delays another client by one item per round. If several clients wait for an item, it
-can be in several of their queues: it joins the queue of a further client if that queue reaches it sooner.
+can be in several of their queues: it joins the queue of a further client if that queue may reach it sooner.
 `pop` removes it from all of them.
 """
 
@@ -11,17 +11,33 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+class _ClientQueue(OrderedDict[T, int]):
+    """The items of one client, each with its number in the order of arrival."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next_number = 0
+
+    def append(self, item: T) -> None:
+        """Add an item as the last one."""
+        self[item] = self._next_number
+        self._next_number += 1
+
+    def is_among_first(self, item: T, count: int) -> bool:
+        """Tell whether so few items are left up to this one. Removed items in between still count."""
+        return self[item] - next(iter(self.values())) < count
 
 
 class FairQueue(Generic[T]):
     """One queue of items per client. Items are hashable and compared with ==."""
 
     def __init__(self) -> None:
-        self._queues: OrderedDict[bytes, OrderedDict[T, None]] = OrderedDict()  # the next client first
+        self._queues: OrderedDict[bytes, _ClientQueue[T]] = OrderedDict()  # the next client first
         self._queued_for: dict[T, set[bytes]] = {}  # the clients whose queues hold the item
 
     def __len__(self) -> int:
@@ -64,12 +80,12 @@ class FairQueue(Generic[T]):
         self._append(item, client)
 
     def join(self, item: T, client: bytes) -> None:
-        """Record that a further client waits: append the item to its queue if that is reached sooner."""
+        """Record that a further client waits: append the item to its queue if that may be reached sooner."""
         clients = self._queued_for.get(item)
         if clients is None or client in clients:
             return
         rounds = self._length(client) + 1
-        if not any(item in islice(self._queues[other], rounds) for other in clients):
+        if not any(self._queues[other].is_among_first(item, rounds) for other in clients):
             self._append(item, client)
 
     def leave(self, item: T, client: bytes, others: Iterable[bytes]) -> None:
@@ -106,8 +122,8 @@ class FairQueue(Generic[T]):
     def _append(self, item: T, client: bytes) -> None:
         queue = self._queues.get(client)
         if queue is None:
-            queue = self._queues[client] = OrderedDict()
-        queue[item] = None
+            queue = self._queues[client] = _ClientQueue()
+        queue.append(item)
         self._queued_for[item].add(client)
 
     def _remove(self, item: T, client: bytes) -> None:

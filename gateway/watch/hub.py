@@ -49,10 +49,6 @@ _BACKLOG_DIVISOR = 8
 _WAKES_PER_ITERATION = 64
 
 
-# Writes an update to the connections that can take it now, and returns all other subscribers.
-DeliverDirectly = Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]]
-
-
 class WatchHub:
     """Holds every subscriber, and one schedule for each watched task.
 
@@ -90,7 +86,9 @@ class WatchHub:
         # Tasks with an unpublished snapshot, the oldest first.
         self._unpublished_keys: deque[TaskKey] = deque()
         self._shutting_down = False
-        self.deliver_directly: DeliverDirectly = lambda _, subscribers: subscribers
+        self.deliver_directly: Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]] = (
+            lambda _, subscribers: subscribers
+        )
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
         metrics.subscribers_limit.set(settings.max_watchers)
         metrics.watched_tasks.set_function(self._watched.__len__)
@@ -101,14 +99,14 @@ class WatchHub:
     def reserve(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
         """Count the new tasks among these as unanswered until `subscribe` does.
 
-        Call `subscribe` without an `await` after this context. Yield the number of schedules that it will
-        start. Raises: Overloaded when there is no room.
+        Call `subscribe` without an `await` after this context. Yield the number of tasks that are not watched
+        or have no response yet: only these take time. Raises: Overloaded when there is no room.
         """
         new = sum(map(self.is_new, keys))
         if not self.unanswered_tasks.has_room(client, new):
             raise too_many_tasks()
         with self.unanswered_tasks.counted(client, new):
-            yield sum(key not in self._watched for key in keys)
+            yield sum(key not in self._watched or self._watched[key].is_unanswered for key in keys)
 
     def is_new(self, key: TaskKey) -> bool:
         """Tell whether a task is not watched yet, and the store has no snapshot of it, however old."""
@@ -178,8 +176,7 @@ class WatchHub:
     def _start_watching(self, key: TaskKey, client: bytes) -> WatchedTask:
         watched = self._watched[key] = WatchedTask(key)
         if self._last_known(key) is None:
-            watched.unanswered_client = client
-            self.unanswered_tasks.add(client)
+            self._begin_waiting(watched, client)
         # A cached snapshot is sent at once, before the first refresh.
         result = self._service.peek(key)
         if result is not None:
@@ -229,9 +226,15 @@ class WatchHub:
             self._overdue_keys.discard(key)
             self._end_waiting(watched)
             self._refresher.stop(watched)
+        elif watched.unanswered_client == subscriber.client:  # from now on, it counts for one of the others
+            self._end_waiting(watched)
+            self._begin_waiting(watched, next(iter(watched.subscribers)).client)
+
+    def _begin_waiting(self, watched: WatchedTask, client: bytes) -> None:
+        watched.unanswered_client = client
+        self.unanswered_tasks.add(client)
 
     def _end_waiting(self, watched: WatchedTask) -> None:
-        """Stop counting a task as one that waits for its first response."""
         if watched.unanswered_client is not None:
             self.unanswered_tasks.remove(watched.unanswered_client)
             watched.unanswered_client = None

@@ -53,6 +53,11 @@ class WatchedTask:
     check_timer: asyncio.TimerHandle | None = None
 
     @property
+    def is_unanswered(self) -> bool:
+        """Whether the task waits for its first snapshot."""
+        return self.unanswered_client is not None
+
+    @property
     def has_ended(self) -> bool:
         """Whether a terminal snapshot was published."""
         return self.published_update is not None and self.published_update.is_final

@@ -816,12 +816,12 @@ async def test_get_returns_a_failure_without_a_snapshot(bench: Bench, failure: G
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=name_of)
-async def test_get_without_query_prefers_the_cached_failure(bench: Bench, failure: GatewayError) -> None:
+async def test_refusal_prefers_the_cached_failure(bench: Bench, failure: GatewayError) -> None:
     """A caller that must not wait receives the task's own failure while it is cached, and else the reason."""
     reason = Overloaded("too many")
-    assert bench.service.get_without_query(KEY, reason).failure is reason
+    assert bench.service.refuse(KEY, reason).failure is reason
     await bench.fail(failure)
-    assert bench.service.get_without_query(KEY, reason).failure == Alike(failure)
+    assert bench.service.refuse(KEY, reason).failure == Alike(failure)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"negative": 2, "miss": 1}
 

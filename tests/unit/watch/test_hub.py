@@ -819,13 +819,13 @@ async def codes(subscriber: Subscriber) -> list[str | None]:
 
 
 async def test_watch_counts_tasks_until_their_first_snapshot(watch: WatchHub, store: MemoryStore) -> None:
-    """A task without a snapshot counts for the client that asked first, until it has one or is left."""
+    """A task without a snapshot counts once, until it has one or is left."""
     keys = [of(task_id, "").key for task_id in "abc"]
-    with watch.reserve(keys, client=b"first") as schedules:
-        assert (schedules, len(watch.unanswered_tasks)) == (3, 3)
+    with watch.reserve(keys, client=b"first") as unanswered:
+        assert (unanswered, len(watch.unanswered_tasks)) == (3, 3)
     with watch.subscribe(keys, SubscriptionKind.EVENTS, client=b"first"):
-        with watch.reserve(keys, client=b"second") as schedules:
-            assert (schedules, len(watch.unanswered_tasks)) == (0, 3)
+        with watch.reserve(keys, client=b"second") as unanswered:
+            assert (unanswered, len(watch.unanswered_tasks)) == (3, 3)
         with watch.subscribe(keys, SubscriptionKind.EVENTS, client=b"second"):
             store.put(of("a", "1"))
             await asyncio.sleep(0)
@@ -834,6 +834,22 @@ async def test_watch_counts_tasks_until_their_first_snapshot(watch: WatchHub, st
             await asyncio.sleep(0)
             assert len(watch.unanswered_tasks) == 2
         assert len(watch.unanswered_tasks) == 2
+    assert len(watch.unanswered_tasks) == 0
+    await watch.aclose()
+
+
+async def test_watch_counts_tasks_for_a_client_that_still_waits(watch: WatchHub) -> None:
+    """When the client that asked first leaves, its tasks count for another one."""
+    keys = [of(str(number), "").key for number in range(150)]
+    first = watch.subscribe(keys, SubscriptionKind.EVENTS, client=b"first")
+    second = watch.subscribe(keys, SubscriptionKind.LONGPOLL, client=b"second")
+    first.__enter__()
+    with second:
+        assert watch.unanswered_tasks.has_room(b"second", 4_000)
+        first.__exit__(None, None, None)
+        assert len(watch.unanswered_tasks) == 150
+        assert watch.unanswered_tasks.has_room(b"first", 4_000)
+        assert not watch.unanswered_tasks.has_room(b"second", 4_000)
     assert len(watch.unanswered_tasks) == 0
     await watch.aclose()
 
