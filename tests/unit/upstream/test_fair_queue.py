@@ -124,3 +124,28 @@ def test_fairqueue_loses_and_repeats_nothing(moves: list[tuple[str, int, bytes]]
                 del waiting[expected]
         assert len(queue) == len(waiting)
         assert sorted(queue) == sorted(waiting)
+
+
+class Compared(str):
+    """A text that counts its comparisons."""
+
+    __slots__ = ()
+    count = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Compared.count += 1
+        return str.__eq__(self, other)
+
+
+def test_fairqueue_joins_without_a_search() -> None:
+    """A client that joins many items causes work in proportion to their number."""
+    queue, items = FairQueue[str](), [Compared(number) for number in range(300)]
+    for item in items:
+        queue.add(item, A)
+    Compared.count = 0
+    for client in (B, C):
+        for item in items:
+            queue.join(item, client)
+    assert Compared.count < 20 * len(items)  # a search made 90,000
+    assert emptied(queue) == items
