@@ -207,10 +207,9 @@ class BatchEndpoint:
         seen: Mapping[TaskKey, int],
     ) -> _Latest:
         # A function of its own: no variable of a long poll has a snapshot, whose body may be large.
-        refused = _Item.of(too_many_tasks())
-        items = dict.fromkeys(keys, refused)
+        refused, followed = _Item.of(too_many_tasks()), set(watched)
+        items = {key: refused for key in keys if key not in followed}
         for key in watched:
-            del items[key]
             if (result := self._service.peek(key, seen.get(key, 0))) is not None:
                 items[key] = _Item.of(result.snapshot)
         stale = {key: self._stale_code(key) for key in watched if key in items}
