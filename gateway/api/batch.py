@@ -170,8 +170,8 @@ class BatchEndpoint:
         if len(watched) < len(keys):
             wait = min(wait, RETRY_SECONDS)  # then the others are tried again
         with self._clients.subscription(scope):
-            with self._hub.reserve(watched, client=client) as schedules:
-                await take_turn(scope, tasks=schedules)
+            with self._hub.reserve(watched, client=client) as unanswered:
+                await take_turn(scope, tasks=unanswered)
                 await self._service.read_arrived_messages()
             latest = self._latest_on_arrival(keys, watched, if_none_match, seen)
             with self._hub.subscribe(

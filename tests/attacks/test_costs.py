@@ -129,16 +129,21 @@ def test_costs_of_batches_that_wait_are_bounded(target: Target) -> None:
         assert wait_for_batch(ONE).answer().status == 200
 
 
-def test_costs_of_batches_that_wait_do_not_fail_other_tasks(target: Target) -> None:
-    """Of a batch that may not wait, known tasks are served, also stale ones, and the others fail."""
-    hold = threading.Event()
+def knows_only_known(hold: threading.Event) -> Callable[[Any, Request], None]:
+    """Return an upstream that holds the queries for tasks that are not named "known…"."""
 
     def behaviour(connection: Any, asked: Request) -> None:
         if not asked.task_id.startswith("known"):
             hold.wait(PATIENCE_SECONDS)
         respond_ok(connection, asked)
 
-    with RawUpstream(behaviour) as upstream, ExitStack() as stack:
+    return behaviour
+
+
+def test_costs_of_batches_that_wait_do_not_fail_other_tasks(target: Target) -> None:
+    """Of a batch or a long poll whose new tasks may not wait, the known ones are served."""
+    hold = threading.Event()
+    with RawUpstream(knows_only_known(hold)) as upstream, ExitStack() as stack:
         stack.callback(hold.set)
         gate = target(
             upstream.url,
@@ -194,13 +199,7 @@ def test_costs_of_watched_tasks_without_a_response_are_bounded(target: Target, p
 def test_costs_of_watched_tasks_do_not_stop_subscriptions_to_known_ones(target: Target) -> None:
     """While too many tasks wait, known ones are watched; those of a long poll that are not fail."""
     hold = threading.Event()
-
-    def behaviour(connection: Any, asked: Request) -> None:
-        if not asked.task_id.startswith("known"):
-            hold.wait(PATIENCE_SECONDS)
-        respond_ok(connection, asked)
-
-    with RawUpstream(behaviour) as upstream, ExitStack() as stack:
+    with RawUpstream(knows_only_known(hold)) as upstream, ExitStack() as stack:
         stack.callback(hold.set)
         gate = target(upstream.url, upstream={"attempt_timeout_seconds": 60, "timeout_seconds": 60})
         for known in ("known-1", "known-2"):
@@ -224,14 +223,8 @@ def test_costs_of_unanswered_tasks_do_not_stop_queries_for_known_ones(
     """While the tasks of a client may not wait, a batch still queries the known ones."""
     monkeypatch.setattr(unanswered_tasks, "MAX_UNANSWERED_TASKS_PER_CLIENT", 3)
     hold = threading.Event()
-
-    def behaviour(connection: Any, asked: Request) -> None:
-        if not asked.task_id.startswith("known"):
-            hold.wait(PATIENCE_SECONDS)
-        respond_ok(connection, asked)
-
     with (
-        RawUpstream(behaviour) as upstream,
+        RawUpstream(knows_only_known(hold)) as upstream,
         Line(
             gate := target(upstream.url, cache={"running_seconds": 0, "stale_while_revalidate_seconds": 0}),
             source=ONE,
