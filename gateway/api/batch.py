@@ -261,7 +261,7 @@ class _Latest:
         """Return when the representation is complete, and has changed or ended. Raises: ClientDisconnect."""
         while not subscriber.shutting_down and not self._is_over(subscriber):
             self._take(await subscriber.next_updates())
-            self._stale.update((each.key, each.code) for each in subscriber.take_overdue_states())
+            self._stale.update((each.key, each.code) for each in subscriber.take_overdue_notices())
             if subscriber.disconnected:
                 raise ClientDisconnect
 

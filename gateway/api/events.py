@@ -38,7 +38,7 @@ from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import TaskKey
 from gateway.telemetry.metrics import Metrics
 from gateway.watch.hub import WatchHub
-from gateway.watch.subscriber import OverdueState, Subscriber, SubscriptionKind, Update
+from gateway.watch.subscriber import OverdueNotice, Subscriber, SubscriptionKind, Update
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -149,7 +149,7 @@ class EventsEndpoint:
             if size >= _PART_BYTES:
                 subscriber.wake()  # the rest follows in the next part
                 break
-        parts += [self._encode_overdue_state(state) for state in subscriber.take_overdue_states()]
+        parts += [self._encode_overdue_notice(notice) for notice in subscriber.take_overdue_notices()]
         if subscriber.heartbeat_due:
             subscriber.heartbeat_due = False
             parts.append(HEARTBEAT)
@@ -199,14 +199,14 @@ class EventsEndpoint:
         problem = problem_document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
 
-    def _encode_overdue_state(self, state: OverdueState) -> bytes:
+    def _encode_overdue_notice(self, notice: OverdueNotice) -> bytes:
         self._sent["stale"].inc()
-        failure = state.failure
+        failure = notice.failure
         data = {
-            "taskId": state.key.task_id,
-            "api": state.key.operation.api,
-            "stale": state.code,
-            "ageSeconds": age_seconds(self._clock() - state.fetched_at),
+            "taskId": notice.key.task_id,
+            "api": notice.key.operation.api,
+            "stale": notice.code,
+            "ageSeconds": age_seconds(self._clock() - notice.fetched_at),
             "title": None if failure is None else status_and_title(failure)[1],
         }
         return b"event: stale\ndata: %s\n\n" % render_json(data)

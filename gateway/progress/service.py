@@ -93,7 +93,7 @@ class ProgressService:
         If the snapshot is stale, start a background refresh, unless a failure of the task is cached.
         `seen_revision`: a snapshot that is not terminal must not be older than the body with this revision.
         """
-        entry = self._store.confirmed_entry(key)
+        entry = self._store.valid_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
@@ -118,7 +118,7 @@ class ProgressService:
         The method does not check whether the refresh of a stale snapshot has failed. So the calling code
         must call `lookup` from time to time (`_STALE_REUSE_SECONDS` in `api/cached_responses.py`).
         """
-        if not self._store.is_confirmed(entry):
+        if not self._store.is_valid(entry):
             return False
         snapshot = entry.snapshot
         age = now - snapshot.fetched_at
@@ -177,9 +177,9 @@ class ProgressService:
         for a query that counts as queued or takes too long. `client`: None for a schedule, whose subscribers
         `add_caller` has counted; otherwise this client is counted as a caller during the wait, as in `get`.
         """
-        entry = self._store.confirmed_entry(key)
+        entry = self._store.valid_entry(key)
         if entry is None and await self._store.read_arrived_messages():
-            entry = self._store.confirmed_entry(key)
+            entry = self._store.valid_entry(key)
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
@@ -192,7 +192,7 @@ class ProgressService:
         `ServeStaleRules.apply` decides how old a stale snapshot may be. It is returned with the failure of
         `OverdueRules.error`, or else with the cached failure, if there is one.
         """
-        entry = self._store.confirmed_entry(key)
+        entry = self._store.valid_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot

@@ -65,10 +65,10 @@ def _remove_stale(path: Path) -> None:
             raise OSError(errno.EEXIST, "the file exists and is not a socket")
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(_CONNECT_SECONDS)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(_CONNECT_SECONDS)
         try:
-            probe.connect(str(path))
+            client.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()
             return

@@ -1,11 +1,11 @@
 """The adaptive rate limit: learns from throttling responses how many calls per second the upstream accepts.
 
     throttled   -> ceiling = number of calls accepted in the last second; the limit drops to 85 % of it
-    probing     -> the ceiling is only a guess: the limit doubles every two seconds
+    slow start  -> the ceiling is only a guess: the limit doubles every two seconds
     recovering  -> the limit rises quickly at first, slowly near the ceiling, faster beyond it
     no throttling for a minute, and no query queued -> the limit is removed (`remove_if_unthrottled`)
 
-The decrease is multiplicative, probing is a slow start, and recovery follows CUBIC (RFC 9438, 4.2), with
+The decrease is multiplicative, slow start doubles as in TCP, and recovery follows CUBIC (RFC 9438, 4.2), with
 calls per second instead of a window: limit = ceiling x (0.95 + 0.1 x (t / 15 s - 1)^3). The limit stays just
 below the ceiling most of the time, so throttling is rare. If the upstream raises its limit, the gateway
 finds this within two minutes. A constant increase could achieve only one of these two. All times are in
@@ -20,7 +20,7 @@ from collections import deque
 _DECREASE_TO = 0.85
 _PLATEAU = 0.95
 _DOUBLING_SECONDS = 2.0
-_MAX_PROBING_SECONDS = 60.0  # bounds the exponent; the limit is 2^30 times the ceiling by then
+_MAX_SLOW_START_SECONDS = 60.0  # bounds the exponent; the limit is 2^30 times the ceiling by then
 _PLATEAU_SECONDS = 15.0  # from the decrease to the middle of the plateau
 # Most upstreams count per second: after one throttled call they refuse the rest of that second, too, and
 # those responses carry no new information. A second is also longer than a round trip.
@@ -46,7 +46,7 @@ class AdaptiveLimit:
         self._ceiling = math.inf
         self._limit_before_decrease = math.inf
         self._decreased_at = -math.inf
-        self._probing = False
+        self._slow_start = False
         self._accepted_at: deque[float] = deque()  # within the last second
         self.resumes_at = -math.inf  # end of the pause that the upstream asked for
 
@@ -65,8 +65,8 @@ class AdaptiveLimit:
         if not self.has_learned_limit:
             return self._max_per_second
         elapsed = max(now - max(self._decreased_at, self.resumes_at), 0.0)
-        if self._probing:
-            growth = _DECREASE_TO * 2 ** (min(elapsed, _MAX_PROBING_SECONDS) / _DOUBLING_SECONDS)
+        if self._slow_start:
+            growth = _DECREASE_TO * 2 ** (min(elapsed, _MAX_SLOW_START_SECONDS) / _DOUBLING_SECONDS)
         else:
             growth = _PLATEAU + (_PLATEAU - _DECREASE_TO) * (elapsed / _PLATEAU_SECONDS - 1) ** 3
         return min(self._ceiling * growth, self._max_per_second)
@@ -107,11 +107,13 @@ class AdaptiveLimit:
     def _decrease(self, now: float) -> None:
         self._limit_before_decrease = self.per_second(now)
         accepted = self._recently_accepted(now)
-        minimum = _MIN_CEILING_SHARE * self._ceiling if self.has_learned_limit and not self._probing else 0.0
+        minimum = (
+            _MIN_CEILING_SHARE * self._ceiling if self.has_learned_limit and not self._slow_start else 0.0
+        )
         # The count of accepted calls is a lower bound in two cases: the first throttling response may come
         # before a full second was counted, and an upstream that accepts nothing in a second may count over a
         # longer period. In both cases the limit probes upwards.
-        self._probing = not self.has_learned_limit or accepted == 0
+        self._slow_start = not self.has_learned_limit or accepted == 0
         self._ceiling = max(min(self._limit_before_decrease, accepted), minimum, _MIN_CEILING_PER_SECOND)
         self._decreased_at = now
 

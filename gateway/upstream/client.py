@@ -1,6 +1,6 @@
 """The upstream client: runs a query with its deadline and retries, within all limits for upstream calls.
 
-    circuit breaker -> end of a credential probe -> permit of the rate limiter -> concurrency slot -> call
+    circuit breaker -> end of a credential trial -> permit of the rate limiter -> concurrency slot -> call
     the call fails  -> retry, from the start, while the deadline and the retry policy allow it
     no response yet -> another call at the same time, if a snapshot of the task is known (`hedging.py`)
 
@@ -218,7 +218,7 @@ class UpstreamClient:
         while True:
             self._breakers[operation].check()  # an open circuit fails the query before it waits for anything
             query.state.make_deadline_error = make_upstream_timeout
-            await self._rotation.wait_for_probe(operation)
+            await self._rotation.wait_for_trial(operation)
             query.state.make_deadline_error = _permit_deadline_error
             # The permit is acquired before the slot: a query that waits for a permit must not hold a slot.
             with await self._rate_limiter.acquire(

@@ -1,22 +1,22 @@
 """Credential rotation: selects the key pair of a call, and another one if the upstream refuses it.
 
-    use -> the signing pair ──refused──> reload the files -> one probe at a time -> refused
+    use -> the signing pair ──refused──> reload the files -> one trial at a time -> refused
                                                                        └─accepted─> this pair signs
 
 A refusal applies to one pair and one operation: an account may be authorised for some operations only. After
-a pause, a refused pair is used again, but only for a probe: one query uses the pair while all others wait for
+a pause, a refused pair is used again, but only for a trial: one query uses the pair while all others wait for
 the outcome. Three pairs are candidates:
 
-    the active slot      it is read again after a refusal; new content signs at once, without a probe
+    the active slot      it is read again after a refusal; new content signs at once, without a trial
     the next slot        for a rotation during which no query fails
     the last good pair   the last one that the upstream accepted, kept in memory; needed if the new content of
                          the files is wrong, or was read half old and half new
 
-A probe is a real query of a caller, signed with the pair to be tested, within the deadline of the query. Any
+A trial is a real query of a caller, signed with the pair to be tested, within the deadline of the query. Any
 valid envelope promotes the pair, even one that rejects the query. A refused pair pauses, so that it is not
 tried with every query. It is tried again later, because the upstream may learn of a key later than the
 gateway. Any other outcome (a timeout, a throttling response) says nothing about the pair, and the next query
-probes it.
+tries it.
 
 An exhausted quota or an overdue account pauses the pair, too, but no other pair is tried. The key is valid,
 and an operator must act: the gateway must not use the quota of another account by itself. Refused timestamps
@@ -60,7 +60,7 @@ class _Selection(NamedTuple):
 
     loaded: LoadedKeyPair
     signing: LoadedKeyPair | None
-    is_probe: bool
+    is_trial: bool
 
 
 class CredentialRotation:
@@ -79,7 +79,7 @@ class CredentialRotation:
         self._credentials = credentials
         self._refusal_seconds = refusal_seconds
         self._clock = clock
-        self._probe_lock = asyncio.Lock()
+        self._trial_lock = asyncio.Lock()
         self._refusals: dict[tuple[Operation, KeyPair], _Refusal] = {}
         self._last_good: LoadedKeyPair | None = None
 
@@ -93,14 +93,14 @@ class CredentialRotation:
         tried: _Tried = {}
         while True:
             if (loaded := self._usable_signing_pair(operation, tried)) is not None:
-                outcome = await self._call(operation, _Selection(loaded, loaded, is_probe=False), call)
+                outcome = await self._call(operation, _Selection(loaded, loaded, is_trial=False), call)
             else:
-                async with self._probe_lock:
+                async with self._trial_lock:
                     if self._usable_signing_pair(operation, tried) is not None:
-                        continue  # the probe of another query has found a usable pair
+                        continue  # the trial of another query has found a usable pair
                     loaded = self._next_candidate(operation, tried)
-                    probe = _Selection(loaded, self._credentials.signing_pair, is_probe=True)
-                    outcome = await self._call(operation, probe, call)
+                    trial = _Selection(loaded, self._credentials.signing_pair, is_trial=True)
+                    outcome = await self._call(operation, trial, call)
             if not isinstance(outcome, CredentialsRefused):
                 return outcome
             tried[loaded.pair] = outcome
@@ -125,13 +125,13 @@ class CredentialRotation:
             if loaded.pair in refused
         ]
 
-    async def wait_for_probe(self, operation: Operation) -> None:
-        """Wait while another query probes a pair and the signing pair is refused.
+    async def wait_for_trial(self, operation: Operation) -> None:
+        """Wait while another query tries a pair and the signing pair is refused.
 
         Call this before acquiring a permit and a concurrency slot: a waiting query must not hold them.
         """
-        while self._probe_lock.locked() and self._usable_signing_pair(operation, {}) is None:
-            async with self._probe_lock:
+        while self._trial_lock.locked() and self._usable_signing_pair(operation, {}) is None:
+            async with self._trial_lock:
                 pass
 
     async def _call(
@@ -161,7 +161,7 @@ class CredentialRotation:
         return signing
 
     def _next_candidate(self, operation: Operation, tried: _Tried) -> LoadedKeyPair:
-        """Return the next candidate for a probe. Raises: CredentialsRefused, if there is none."""
+        """Return the next candidate for a trial. Raises: CredentialsRefused, if there is none."""
         now = self._clock()
         errors = []
         for loaded in self._candidates():
@@ -198,9 +198,9 @@ class CredentialRotation:
         }
 
     def _on_accepted(self, operation: Operation, selection: _Selection) -> None:
-        # Only a probe clears a refusal. Other accepted calls may have been sent before the refusal.
+        # Only a trial clears a refusal. Other accepted calls may have been sent before the refusal.
         loaded = selection.loaded
-        if selection.is_probe:
+        if selection.is_trial:
             self._refusals.pop((operation, loaded.pair), None)
             self._promote(operation, selection)
         if loaded is self._credentials.signing_pair and (operation, loaded.pair) not in self._refusals:

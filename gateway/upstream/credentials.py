@@ -98,7 +98,7 @@ class Credentials:
 
     @property
     def signing_pair(self) -> LoadedKeyPair | None:
-        """The pair that signs. None if there is no pair, or only a next pair that was not probed yet."""
+        """The pair that signs. None if there is no pair, or only a next pair that was not tried yet."""
         return self._signing
 
     @property

@@ -6,8 +6,8 @@
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
 
-If a task is overdue (`progress/overdue_rules.py`), its subscribers receive an overdue state. In a stream,
-this is the event `stale`. The subscribers receive another overdue state when the problem code changes, and
+If a task is overdue (`progress/overdue_rules.py`), its subscribers receive an overdue notice. In a stream,
+this is the event `stale`. The subscribers receive another overdue notice when the problem code changes, and
 when the task is no longer overdue.
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
@@ -40,7 +40,7 @@ from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import Store
 from gateway.telemetry.metrics import Metrics
 from gateway.watch.refresher import Refresher
-from gateway.watch.subscriber import OverdueState, Subscriber, SubscriptionKind, Update
+from gateway.watch.subscriber import OverdueNotice, Subscriber, SubscriptionKind, Update
 from gateway.watch.watched_task import WatchedTask
 
 # Each iteration of the event loop publishes one snapshot, and an eighth of all that are not yet published.
@@ -204,7 +204,7 @@ class WatchHub:
             # is sent if its content equals that of `published`. Otherwise `published` is sent.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
-                self._put_overdue_state(watched, [subscriber])
+                self._put_overdue_notice(watched, [subscriber])
                 return
         # The published update is not sent, for one of these reasons:
         # - The task counts as not found, but the upstream may know the task by now.
@@ -290,7 +290,7 @@ class WatchHub:
         remaining = self.deliver_directly(update, recipients)
         have_newer = {each for each in remaining if not each.put(update, reduced)}
         if watched.overdue_error is not None:
-            self._put_overdue_state(watched, recipients - have_newer)
+            self._put_overdue_notice(watched, recipients - have_newer)
         watched.subscribers_awaiting_refresh = have_newer
 
     def _set_overdue_error(self, watched: WatchedTask, failure: GatewayError | None) -> None:
@@ -302,7 +302,7 @@ class WatchHub:
             self._overdue_keys.discard(watched.key)
         else:
             self._overdue_keys.add(watched.key)
-        self._put_overdue_state(watched, watched.subscribers - watched.subscribers_awaiting_refresh)
+        self._put_overdue_notice(watched, watched.subscribers - watched.subscribers_awaiting_refresh)
 
     def _report_overdue(self, watched: WatchedTask, failure: GatewayError) -> None:
         """Record that a refresh takes too long. Subscribers that await it receive the stale snapshot now."""
@@ -314,8 +314,8 @@ class WatchHub:
                 self._publish(update)
         self._set_overdue_error(watched, failure)
 
-    def _put_overdue_state(self, watched: WatchedTask, subscribers: Iterable[Subscriber]) -> None:
-        """Put the overdue state of a task into subscribers that have received its snapshot.
+    def _put_overdue_notice(self, watched: WatchedTask, subscribers: Iterable[Subscriber]) -> None:
+        """Put the overdue notice of a task into subscribers that have received its snapshot.
 
         Do nothing if the last published update is a failure, which tells of the problem already.
         """
@@ -323,9 +323,9 @@ class WatchHub:
             return
         # The store may have a newer snapshot: use its age.
         snapshot = self._last_known(watched.key) or snapshot
-        state = OverdueState(watched.key, watched.overdue_error, snapshot.fetched_at)
+        notice = OverdueNotice(watched.key, watched.overdue_error, snapshot.fetched_at)
         for subscriber in subscribers:
-            subscriber.put_overdue_state(state)
+            subscriber.put_overdue_notice(notice)
 
     def _publish_and_load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
         """Publish the unpublished snapshot, if any; then return the latest snapshot with its body, or None.

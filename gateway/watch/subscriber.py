@@ -1,8 +1,8 @@
 """A subscriber: one open event stream or long poll, and its unsent updates.
 
     put -> unsent, only the latest update of each task -> take_unsent: one at a time, with the latest body
-    put_overdue_state -> unsent, only the latest of each task, if its code differs from the last one that was
-                         taken -> take_overdue_states
+    put_overdue_notice -> unsent, only the latest of each task, if its code differs from the last one that was
+                         taken -> take_overdue_notices
 
 Unsent updates are kept without their large bodies. A body is loaded from the store when its update is sent.
 Otherwise slow clients would keep bodies in memory that the store has evicted. One unsent update of each
@@ -82,7 +82,7 @@ class Update:
         )
 
 
-class OverdueState(NamedTuple):
+class OverdueNotice(NamedTuple):
     """Whether the update of a task is overdue; in the API, the event `stale`.
 
     `failure` is the reason why the update is overdue; None if it is not. `fetched_at` is that of the
@@ -129,7 +129,7 @@ class Subscriber:
         "_refetching",
         "_sent_overdue_codes",
         "_unsent",
-        "_unsent_overdue_states",
+        "_unsent_overdue_notices",
         "_waiter",
         "_wakes",
         "chunked",
@@ -167,7 +167,7 @@ class Subscriber:
         self._refetching: TaskKey | None = None  # the task whose evicted body is being fetched again
         self._unsent: dict[TaskKey, Update] = {}
         # None until an update is overdue, to save memory.
-        self._unsent_overdue_states: dict[TaskKey, OverdueState] | None = None
+        self._unsent_overdue_notices: dict[TaskKey, OverdueNotice] | None = None
         self._sent_overdue_codes: dict[TaskKey, str] | None = None
         self._key_with_body: TaskKey | None = None  # the task whose unsent update may have a large body
         self.heartbeat_due = False
@@ -199,33 +199,33 @@ class Subscriber:
         self.wake()
         return True
 
-    def put_overdue_state(self, state: OverdueState) -> None:
-        """Store the overdue state of a task as unsent, and wake the stream.
+    def put_overdue_notice(self, notice: OverdueNotice) -> None:
+        """Store the overdue notice of a task as unsent, and wake the stream.
 
         If its code is the one that was taken last, remove the unsent one instead.
         """
-        key, code = state.key, state.code
-        if self._unsent_overdue_states is None:
-            self._unsent_overdue_states = {}
+        key, code = notice.key, notice.code
+        if self._unsent_overdue_notices is None:
+            self._unsent_overdue_notices = {}
         if code == (self._sent_overdue_codes or {}).get(key):
-            self._unsent_overdue_states.pop(key, None)
+            self._unsent_overdue_notices.pop(key, None)
             return
-        self._unsent_overdue_states[key] = state
+        self._unsent_overdue_notices[key] = notice
         self.wake()
 
-    def take_overdue_states(self) -> list[OverdueState]:
-        """Return and remove the unsent overdue state of each task that has no unsent update."""
-        if not self._unsent_overdue_states:
+    def take_overdue_notices(self) -> list[OverdueNotice]:
+        """Return and remove the unsent overdue notice of each task that has no unsent update."""
+        if not self._unsent_overdue_notices:
             return []
-        taken = [state for key, state in self._unsent_overdue_states.items() if key not in self._unsent]
+        taken = [notice for key, notice in self._unsent_overdue_notices.items() if key not in self._unsent]
         if self._sent_overdue_codes is None:
             self._sent_overdue_codes = {}
-        for state in taken:
-            del self._unsent_overdue_states[state.key]
-            if state.code is None:
-                del self._sent_overdue_codes[state.key]
+        for notice in taken:
+            del self._unsent_overdue_notices[notice.key]
+            if notice.code is None:
+                del self._sent_overdue_codes[notice.key]
             else:
-                self._sent_overdue_codes[state.key] = state.code
+                self._sent_overdue_codes[notice.key] = notice.code
         return taken
 
     def has_unsent(self, key: TaskKey) -> bool:
@@ -252,7 +252,7 @@ class Subscriber:
         """Wait until `wake` is called, unless it was called since the last wait."""
         if not self.woken:
             waiter = self._waiter = asyncio.get_running_loop().create_future()
-            is_idle = not (self._unsent or self._unsent_overdue_states or self.seen_revisions)
+            is_idle = not (self._unsent or self._unsent_overdue_notices or self.seen_revisions)
             self.transport_if_idle = self.direct_transport if is_idle else None
             try:
                 await waiter

@@ -95,7 +95,7 @@ class SharedSnapshots:
         entry, facts = self._memory.entry(key), reply.facts
         if entry is not None and not supersedes(facts, entry.snapshot):
             # The server has no newer snapshot. If a newer one was announced, the server has lost it.
-            entry.confirmed = entry.announced_version <= entry.snapshot.version
+            entry.valid = entry.announced_version <= entry.snapshot.version
             return entry.snapshot
         if not reply.value:
             return None if entry is None else entry.snapshot
@@ -157,5 +157,5 @@ def overlaps(known: Snapshot, version: int, revision: int) -> bool:
 
 def require_refetch(entry: CacheEntry) -> None:
     """Serve an entry no longer, and accept only the response to a query that begins from now on."""
-    entry.confirmed = False
+    entry.valid = False
     entry.announced_version = max(entry.announced_version, entry.snapshot.revision + 1)

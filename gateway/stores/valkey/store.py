@@ -5,9 +5,9 @@
     held    -> another replica has the lease: wait for its message or the end of the lease, then acquire again
     commit  -> one operation: stores and announces the snapshot, ends the lease
 
-Every stored snapshot is announced with a small message (`updates.py`). A replica with an older snapshot of
-the task reads the new one at once if the task is read or watched there, otherwise when it is next needed. A
-snapshot with an unchanged body is not read again.
+Every stored snapshot is announced with a small message (`message_handler.py`). A replica with an older
+snapshot of the task reads the new one at once if the task is read or watched there, otherwise when it is next
+needed. A snapshot with an unchanged body is not read again.
 
 A replica that may have missed messages does not use its cache until it has read them, or has asked the server
 about the task. While the server is not available, each replica uses its local cache only.
@@ -34,9 +34,9 @@ from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, decode_failure, encode_failure
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
+from gateway.stores.valkey.message_handler import MessageHandler
 from gateway.stores.valkey.operations import StoreOperations
 from gateway.stores.valkey.shared_snapshots import SharedSnapshots, overlaps, require_refetch
-from gateway.stores.valkey.updates import Updates
 from gateway.stores.valkey.waiters import Waiters
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
@@ -90,7 +90,7 @@ class ValkeyStore(MemoryStore):
             metrics=metrics,
             clock=clock,
         )
-        self._updates = Updates(
+        self._messages = MessageHandler(
             self,
             connection=self._connection,
             snapshots=self._shared_snapshots,
@@ -111,7 +111,7 @@ class ValkeyStore(MemoryStore):
 
     async def __aenter__(self) -> Self:
         """Start to connect in the background."""
-        self._start(self._connection.keep_open(self._updates))
+        self._start(self._connection.keep_open(self._messages))
         self._start(self._leases.run())
         return self
 
@@ -122,14 +122,14 @@ class ValkeyStore(MemoryStore):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def confirmed_entry(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.confirmed_entry`."""
+    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
+        """See `Store.valid_entry`."""
         entry = self.entry(key)
-        return entry if entry is not None and self.is_confirmed(entry) else None
+        return entry if entry is not None and self.is_valid(entry) else None
 
-    def is_confirmed(self, entry: CacheEntry) -> bool:
-        """See `Store.is_confirmed`."""
-        return entry.confirmed and time.monotonic() < self._up_to_date_until
+    def is_valid(self, entry: CacheEntry) -> bool:
+        """See `Store.is_valid`."""
+        return entry.valid and time.monotonic() < self._up_to_date_until
 
     async def read_arrived_messages(self) -> bool:
         """See `Store.read_arrived_messages`."""
@@ -137,18 +137,18 @@ class ValkeyStore(MemoryStore):
 
     async def load_announced_snapshot(self, key: TaskKey) -> bool:
         """See `Store.load_announced_snapshot`."""
-        return await self._updates.load_announced_snapshot(key)
+        return await self._messages.load_announced_snapshot(key)
 
     def add_snapshot_listener(
         self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
     ) -> None:
         """See `Store.add_snapshot_listener`."""
         super().add_snapshot_listener(listener)
-        self._updates.add_watch_check(is_watched)
+        self._messages.add_watch_check(is_watched)
 
     def add_throttling_listener(self, listener: Callable[[float | None], None]) -> None:
         """See `Store.add_throttling_listener`."""
-        self._updates.add_throttling_listener(listener)
+        self._messages.add_throttling_listener(listener)
 
     async def acquire(
         self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
@@ -199,7 +199,7 @@ class ValkeyStore(MemoryStore):
             except StoreUnavailable:
                 if lease.token and self._connection.up:
                     self._leases.end_in_background(lease)
-                self._updates.restore_later(lease.key)
+                self._messages.restore_later(lease.key)
                 break
             except InvalidStoredValue as exc:
                 await self._shared_snapshots.delete_invalid(lease.key, exc)
@@ -296,7 +296,7 @@ class ValkeyStore(MemoryStore):
 
     def _acquire_locally(self, key: TaskKey, requirement: Requirement) -> Snapshot | GatewayError | Lease:
         """Return a result from the local cache, or a lease that exists in this process only."""
-        current = self.confirmed_entry(key)
+        current = self.valid_entry(key)
         if current is not None:
             snapshot = current.snapshot
             if snapshot.fresh(self._clock()) and requirement.is_met_by(snapshot):

@@ -1,4 +1,4 @@
-"""The adaptive limit on manual times: decrease, probing, plateau, pause, and lifting."""
+"""The adaptive limit on manual times: decrease, slow start, plateau, pause, and lifting."""
 
 import math
 
@@ -15,7 +15,7 @@ def after(limit: AdaptiveLimit, accepted: int, *, until: float = 10.0) -> Adapti
 
 
 def steady(ceiling: int = 20) -> AdaptiveLimit:
-    """Return a limit whose ceiling was found by probing up to its double, at 20 seconds."""
+    """Return a limit whose ceiling was found by slow start, up to its double, at 20 seconds."""
     limit = after(AdaptiveLimit(math.inf), ceiling, until=18.0)
     limit.on_throttled(18.0, sent_at=17.9, retry_after=None)
     after(limit, ceiling, until=20.0)

@@ -68,7 +68,7 @@ class FakeCalls:
 class FakeRotation:
     """A rotation with one pair; a refused query tries it again."""
 
-    async def wait_for_probe(self, _operation: Operation) -> None:
+    async def wait_for_trial(self, _operation: Operation) -> None:
         """Return: there is no probe."""
 
     async def use(

@@ -462,7 +462,7 @@ async def test_watch_unpublished_end_is_not_overwritten(
     """A running snapshot, stored after an eviction, does not overwrite an unpublished terminal one."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1", Status.SUCCEEDED))
-        monkeypatch.setattr(store, "confirmed_entry", lambda _: None)
+        monkeypatch.setattr(store, "valid_entry", lambda _: None)
         store.put(snapshot("2"))
         assert etags(await received(subscriber)) == ["1"]
         for etag in "34":
@@ -811,11 +811,11 @@ async def test_watch_counts_the_clients_of_its_subscribers(service: ManualServic
 
 
 async def codes(subscriber: Subscriber) -> list[str | None]:
-    """Return the codes of the overdue states that the subscriber receives next."""
+    """Return the codes of the overdue notices that the subscriber receives next."""
     await turns(lambda: subscriber.woken)
     subscriber.woken = False
     list(subscriber.take_unsent())
-    return [overdue_state.code for overdue_state in subscriber.take_overdue_states()]
+    return [overdue_notice.code for overdue_notice in subscriber.take_overdue_notices()]
 
 
 async def test_watch_counts_tasks_until_their_first_snapshot(watch: WatchHub, store: MemoryStore) -> None:
@@ -886,7 +886,7 @@ async def test_watch_wakes_many_subscribers_in_turn(watch: WatchHub, store: Memo
     await watch.aclose()
 
 
-async def test_watch_sends_each_overdue_state_once(
+async def test_watch_sends_each_overdue_notice_once(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
     """Subscribers receive each change of the code; its end, only those that have received a code."""
@@ -912,18 +912,18 @@ async def test_watch_sends_each_overdue_state_once(
     await watch.aclose()
 
 
-async def test_watch_sends_the_overdue_state_after_the_snapshot(watch: WatchHub, store: MemoryStore) -> None:
-    """A subscriber receives the overdue state of a snapshot after the snapshot."""
+async def test_watch_sends_the_overdue_notice_after_the_snapshot(watch: WatchHub, store: MemoryStore) -> None:
+    """A subscriber receives the overdue notice of a snapshot after the snapshot."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1"))
         await turns(lambda: subscriber.woken)
         watch._set_overdue_error(watch._watched[KEY], UpstreamTimeout("late"))
-        assert subscriber.take_overdue_states() == []
+        assert subscriber.take_overdue_notices() == []
         assert await codes(subscriber) == ["upstream-timeout"]
     await watch.aclose()
 
 
-async def test_watch_sends_no_overdue_state_without_a_snapshot(watch: WatchHub) -> None:
+async def test_watch_sends_no_overdue_notice_without_a_snapshot(watch: WatchHub) -> None:
     """While there is no snapshot, none is old."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         watch._set_overdue_error(watch._watched[KEY], UpstreamTimeout("late"))
@@ -1039,7 +1039,7 @@ def test_watch_checks_a_slow_refresh_although_clients_subscribe_again() -> None:
             loop.advance(0.7)
             loop.within(subscription.__enter__)
         loop.advance(0.2)
-        assert [state.code for state in first.take_overdue_states()] == ["upstream-timeout"]
+        assert [state.code for state in first.take_overdue_notices()] == ["upstream-timeout"]
         for subscription in subscriptions:
             loop.within(partial(subscription.__exit__, None, None, None))
         loop.run_until_complete(watch.aclose())

@@ -33,7 +33,7 @@ from gateway.stores.valkey.waiters import Waiters
 _MAX_TO_RESTORE = 10_000  # tasks; further ones are not stored when the server is available again
 
 
-class Updates:
+class MessageHandler:
     """Keeps the local cache, `memory`, up to date. `start` runs work in the background."""
 
     def __init__(
@@ -99,7 +99,7 @@ class Updates:
         """
         up = self._connection.up
         for entry in self._memory.entries():
-            entry.confirmed = not up
+            entry.valid = not up
             if not up:
                 entry.announced_version = 0
         self._waiters.wake_all()
@@ -137,11 +137,11 @@ class Updates:
             return
         if key in self._waiters or not (entry.reads or watched):
             # An in-flight request that waits for the lease reads the new snapshot; it must not find this one.
-            entry.confirmed = False
+            entry.valid = False
             return
         # The present snapshot is served until the new one is read. But after a pause of this process the
         # message may be old, and the present snapshot is not served any more.
-        entry.confirmed = self._memory.is_confirmed(entry)
+        entry.valid = self._memory.is_valid(entry)
         self._start(self._read(key))
 
     async def _read(self, key: TaskKey) -> None:
@@ -151,7 +151,7 @@ class Updates:
             await self._snapshots.read(key)
         except (InvalidStoredValue, StoreUnavailable) as exc:
             if entry is not None and self._connection.up:
-                entry.confirmed = False
+                entry.valid = False
             if isinstance(exc, InvalidStoredValue):
                 await self._snapshots.delete_invalid(key, exc)
 
