@@ -123,7 +123,7 @@ class BatchEndpoint:
         refused: dict[TaskKey, LookupFailure] = {}
         if not unanswered.has_room(client, len(new)):
             failure = too_many_tasks()
-            refused = {key: self._service.refuse(key, failure) for key in new}
+            refused = {key: self._service.count_refusal(key, failure) for key in new}
             if not others_known and [each.failure for each in refused.values()] == [failure] * len(keys):
                 raise too_many_tasks()  # a new one: the traceback of `failure` would refer to `refused`
         queried = [key for key in missing if key not in refused]
@@ -170,7 +170,7 @@ class BatchEndpoint:
         if len(watched) < len(keys):
             wait = min(wait, RETRY_SECONDS)  # then the others are tried again
         with self._clients.subscription(scope):
-            with self._hub.reserve(watched, client=client) as unanswered:
+            with self._hub.counted_as_unanswered(watched, client=client) as unanswered:
                 await take_turn(scope, tasks=unanswered)
                 await self._service.read_arrived_messages()
             latest = self._latest_on_arrival(keys, watched, if_none_match, seen)

@@ -86,7 +86,7 @@ class ProgressEndpoint:
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
         """
         client = client_key(scope)
-        with self._hub.reserve([key], client=client):
+        with self._hub.counted_as_unanswered([key], client=client):
             await self._service.read_arrived_messages()
         seen_revision = seen_revision_of(self._service, self._tags, key, if_none_match)
         on_arrival = self._service.peek(key, seen_revision)

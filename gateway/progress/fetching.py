@@ -172,7 +172,7 @@ class Fetcher:
                 await self._store.release_lease(lease)
             else:
                 await self._store.store_failure(lease, failure, seconds=self._error_seconds)
-            entry = self._store.valid_entry(key)
+            entry = self._store.current_entry(key)
             if entry is not None and entry.snapshot.version > lease.version:
                 return FetchOutcome(entry.snapshot)  # another replica has succeeded meanwhile
             invoke_id = failure.invoke_id if isinstance(failure, UpstreamError) else None

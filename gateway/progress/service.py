@@ -30,7 +30,7 @@ from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, FoundSnapshot, LookupFailure
 from gateway.progress.overdue_rules import OverdueRules
 from gateway.progress.refresh_ahead import RefreshAhead
-from gateway.progress.serve_stale import ServeStaleRules
+from gateway.progress.serve_stale_rules import ServeStaleRules
 from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
@@ -88,12 +88,12 @@ class ProgressService:
         self._metrics = LookupMetrics(metrics, settings)
 
     def lookup(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
-        """Return the snapshot in the store, and count a lookup. Without one, return None and count nothing.
+        """Return the snapshot in the store, and count a lookup; if none may be served, return None only.
 
         If the snapshot is stale, start a background refresh, unless a failure of the task is cached.
         `seen_revision`: a snapshot that is not terminal must not be older than the body with this revision.
         """
-        entry = self._store.valid_entry(key)
+        entry = self._store.current_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
@@ -113,12 +113,14 @@ class ProgressService:
         return result._replace(entry=entry)
 
     def try_reuse(self, entry: CacheEntry, now: float) -> bool:
-        """If an entry that `lookup` has returned may be served again `now`, count a lookup and return True.
+        """If an entry that `lookup` has returned may be served again at the time `now`, count a lookup.
+
+        Return whether it may be served.
 
         The method does not check whether the refresh of a stale snapshot has failed. So the calling code
         must call `lookup` from time to time (`_STALE_REUSE_SECONDS` in `api/cached_responses.py`).
         """
-        if not self._store.is_valid(entry):
+        if not self._store.is_current(entry):
             return False
         snapshot = entry.snapshot
         age = now - snapshot.fetched_at
@@ -156,8 +158,8 @@ class ProgressService:
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
-    def refuse(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
-        """Return the cached failure of a task, or else this failure, and count a lookup."""
+    def count_refusal(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
+        """Count a lookup that is refused; return the cached failure of the task, or else `failure`."""
         self._metrics.count(key.operation, CacheStatus.NEGATIVE)
         return LookupFailure(key, self._store.cached_failure(key) or failure, CacheStatus.NEGATIVE)
 
@@ -174,12 +176,12 @@ class ProgressService:
 
         While a failure of the task is cached, no in-flight request is started. The outcome may be a failure,
         or a stale snapshot with the failure (stale-if-error). This method counts no lookup, and waits even
-        for a query that counts as queued or takes too long. `client`: None for a schedule, whose subscribers
-        `add_caller` has counted; otherwise this client is counted as a caller during the wait, as in `get`.
+        for a query that counts as queued or takes too long. `client` is counted as a caller during the wait,
+        as in `get`. Pass None if `add_caller` has already counted the callers, as for a schedule.
         """
-        entry = self._store.valid_entry(key)
+        entry = self._store.current_entry(key)
         if entry is None and await self._store.read_arrived_messages():
-            entry = self._store.valid_entry(key)
+            entry = self._store.current_entry(key)
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
@@ -192,7 +194,7 @@ class ProgressService:
         `ServeStaleRules.apply` decides how old a stale snapshot may be. It is returned with the failure of
         `OverdueRules.error`, or else with the cached failure, if there is one.
         """
-        entry = self._store.valid_entry(key)
+        entry = self._store.current_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
@@ -243,7 +245,8 @@ class ProgressService:
         self, operation: Operation, seconds: float, seconds_before_call: float
     ) -> None:
         self._refresh_ahead.observe_latency(operation, seconds)
-        # A long queue must not hide that updates are overdue.
+        # Without the time in the queue: otherwise a long queue would raise the duration from which on a query
+        # counts as slow, and updates as overdue.
         self.overdue_rules.observe_latency(seconds - seconds_before_call)
 
     def _start_refresh_ahead(self, key: TaskKey, version: int) -> None:

@@ -30,8 +30,8 @@ class CacheEntry:
     Attributes:
         snapshot: The snapshot.
         reads: Number of lookups that have returned it while it was fresh.
-        valid: False once the snapshot has been replaced or evicted, or while another replica may have a newer
-            one (*outdated*). An invalid entry is served only instead of an error.
+        outdated: True once the snapshot has been replaced or evicted, and while another replica may have a
+            newer one. An outdated entry is served only instead of an error.
         fetched_here: Whether this replica has fetched it from the upstream.
         failure: The failure of the latest query that should have replaced the stale snapshot, if any.
         announced_version: The newest version that another replica has announced; 0 if none was announced.
@@ -39,7 +39,7 @@ class CacheEntry:
 
     snapshot: Snapshot
     reads: int = 0
-    valid: bool = True
+    outdated: bool = False
     fetched_here: bool = True
     announced_version: int = 0
     failure: GatewayError | None = None
@@ -79,7 +79,7 @@ class Lease(NamedTuple):
 class Store(Protocol):
     """Keeps the latest snapshot of each task, and for a short time the failures to fetch one.
 
-    `valid_entry`, `entry`, `is_valid`, `last_known` and `cached_failure` read this process's memory
+    `current_entry`, `entry`, `is_current`, `last_known` and `cached_failure` read this process's memory
     and never wait. Methods with `async` may send commands to a server. They do not raise an exception if it
     is unavailable: each replica then works with its own memory. Open a store with `async with`.
     """
@@ -102,18 +102,18 @@ class Store(Protocol):
         """Close all connections."""
         ...
 
-    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
-        """Return the entry of a task if it is valid and no message may be unread; it may be stale."""
+    def current_entry(self, key: TaskKey) -> CacheEntry | None:
+        """Return the entry of a task if it is not outdated and no message may be unread; it may be stale."""
         ...
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
-        """Return the entry of a task, even if `valid_entry` would not."""
+        """Return the entry of a task, even if `current_entry` would not."""
         ...
 
-    def is_valid(self, entry: CacheEntry) -> bool:
-        """Tell whether `valid_entry` would return this entry again.
+    def is_current(self, entry: CacheEntry) -> bool:
+        """Tell whether `current_entry` would return this entry again.
 
-        Every repeated hit calls this instead of `valid_entry`. So it does no lookup, which would be a
+        Every repeated hit calls this instead of `current_entry`. So it does no lookup, which would be a
         fifth of the cost of the hit, and does not mark the entry as recently used.
         """
         ...
@@ -129,7 +129,7 @@ class Store(Protocol):
     async def read_arrived_messages(self) -> bool:
         """Read the messages of other replicas that have arrived; return whether some may have been unread.
 
-        While messages may be unread, `valid_entry` returns None. So call it again if the result is True.
+        While messages may be unread, `current_entry` returns None. So call it again if the result is True.
         """
         ...
 

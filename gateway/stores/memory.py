@@ -59,7 +59,7 @@ class _ByteSizedCache(TLRUCache[TaskKey, Any]):
 
 
 class _SnapshotCache(_ByteSizedCache):
-    """Invalidates evicted entries."""
+    """Marks evicted entries as outdated."""
 
     def all_entries(self) -> list[CacheEntry]:
         """Return all entries without marking them as used."""
@@ -68,7 +68,7 @@ class _SnapshotCache(_ByteSizedCache):
     def popitem(self) -> tuple[TaskKey, CacheEntry]:
         """Remove the least recently used entry."""
         key, entry = super().popitem()
-        entry.valid = False
+        entry.outdated = True
         return key, entry
 
 
@@ -132,8 +132,8 @@ class MemoryStore:
     async def __aexit__(self, *exc_info: object) -> None:
         """See `Store`: there is nothing to close."""
 
-    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.valid_entry`: all are valid, because there are no other replicas."""
+    def current_entry(self, key: TaskKey) -> CacheEntry | None:
+        """See `Store.current_entry`: none is outdated, because there are no other replicas."""
         return self.entry(key)
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
@@ -151,9 +151,9 @@ class MemoryStore:
         entry: CacheEntry | None = Cache.__getitem__(self._snapshots, key) if key in self._snapshots else None
         return entry
 
-    def is_valid(self, entry: CacheEntry) -> bool:
-        """See `Store.is_valid`."""
-        return entry.valid
+    def is_current(self, entry: CacheEntry) -> bool:
+        """See `Store.is_current`."""
+        return not entry.outdated
 
     def last_known(self, key: TaskKey) -> Snapshot | None:
         """See `Store.last_known`."""
@@ -233,14 +233,14 @@ class MemoryStore:
         ):
             return current
         if entry is not None:
-            entry.valid = False
+            entry.outdated = True
             del self._snapshots[snapshot.key]
         if self._make_room(self._snapshots, _snapshot_bytes(snapshot)):
             # Only the package `stores/valkey` sets `announced_version`; in a plain `MemoryStore` it is 0.
             announced = 0 if entry is None else entry.announced_version
-            valid = announced <= snapshot.version or snapshot.terminal
+            outdated = announced > snapshot.version and not snapshot.terminal
             self._snapshots[snapshot.key] = CacheEntry(
-                snapshot, valid=valid, fetched_here=fetched_here, announced_version=announced
+                snapshot, outdated=outdated, fetched_here=fetched_here, announced_version=announced
             )
         if self._clock() < self._all_failures_expired_at:
             self._failures.pop(snapshot.key, None)

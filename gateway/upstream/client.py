@@ -189,7 +189,7 @@ class UpstreamClient:
                         query.state.runs_to_end = False
                         query.state.repeated = True
                         query.state.failure = failure = copy(exc)
-                    retries += self._record_repeat(key.operation, failure, on_retry)
+                    retries += self._count_repeat(key.operation, failure, on_retry)
                     await asyncio.sleep(delay)
         except TimeoutError:
             raise query.state.make_deadline_error() from None
@@ -198,15 +198,15 @@ class UpstreamClient:
                 self._abandoned[key.operation].inc()
             raise
 
-    def _record_repeat(
+    def _count_repeat(
         self, operation: Operation, failure: UpstreamError, on_retry: Callable[[], None]
-    ) -> bool:
-        """Count a repeat; return whether it is a retry, and not a repeat on a new connection."""
+    ) -> int:
+        """Count a repeat; return the number of retries that it uses: 0 for a repeat on a new connection."""
         self._metrics.upstream_retries.labels(operation, failure.code).inc()
         if isinstance(failure, UnconfirmedResponse):
-            return False
+            return 0
         on_retry()
-        return True
+        return 1
 
     async def _call_within_limits(self, query: _Query) -> ParsedResponse:
         """Make one call within all limits: the steps of the first line of the module's diagram.

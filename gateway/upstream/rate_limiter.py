@@ -38,7 +38,7 @@ _TIMEOUT_TOLERANCE_SECONDS = 0.1
 # upstream that counts calls per second would refuse a part of a burst. With a smaller one, queries would be
 # queued even if a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
-_REPORT_INTERVAL_SECONDS = 0.2  # replies of the store arrive each 2 ms; a queue of 5,000 is read in 14 ms
+_REPORT_INTERVAL_SECONDS = 0.2  # a report reads the whole queue: 14 ms for 5,000 queries
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 # Resolution of the event loop's timers, and smallest `retry_after` of an error.
 _TIMER_RESOLUTION_SECONDS = 0.001
@@ -158,7 +158,7 @@ class RateLimiter:
             on_expected_wait: Called with the expected wait in seconds, at two kinds of moments:
                 - when the query is put into the queue, if the wait is at least `MIN_REPORTED_WAIT_SECONDS`
                 - while the query is in the queue, whenever the limit falls or a pause begins, and after
-                  requests for shared permits, at most each 0.2 s; the expected wait may be 0
+                  requests for shared permits, at most every 0.2 s; the expected wait may be 0
             query_state: The clients that wait for the response. None: the gateway itself needs the response.
                 A first query is put into the queue of one of the clients. More clients may join later.
 
@@ -170,7 +170,7 @@ class RateLimiter:
         state = query_state or TaskQueryState(keep_without_callers=True)
         client = b"" if is_refresh else self._queue.client_with_shortest_queue(state.clients)
         wait = self.expected_wait(is_refresh=is_refresh, client=client)
-        if wait == 0 and not self._queue and self._use_shared_permit(is_refresh=is_refresh):
+        if wait == 0 and not self._queue and self._try_take_shared_permit(is_refresh=is_refresh):
             self._tokens -= 1
         elif wait > timeout_seconds:
             raise _rate_limit_error(wait)
@@ -200,7 +200,7 @@ class RateLimiter:
         state.queue_entry = query
         self._serve_queue()
         try:
-            remaining_wait_seconds = await future
+            retry_after = await future
         except asyncio.CancelledError:
             self._queue.discard(query)
             if future.cancelled():
@@ -211,8 +211,8 @@ class RateLimiter:
             raise
         finally:
             state.queue_entry = None
-        if remaining_wait_seconds is not None:
-            raise _rate_limit_error(remaining_wait_seconds)
+        if retry_after is not None:
+            raise _rate_limit_error(retry_after)
 
     def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
         self._permits.discard(permit)
@@ -265,12 +265,12 @@ class RateLimiter:
                     # The wait was longer than expected: queries of other clients took their turn first.
                     query.future.set_result(max(self._seconds_until_token(0), _TIMER_RESOLUTION_SECONDS))
                     continue
-                self._use_shared_permit(is_refresh=is_refresh)
+                self._try_take_shared_permit(is_refresh=is_refresh)
                 self._queue.record_served(is_refresh=is_refresh)
                 return query
         return None
 
-    def _use_shared_permit(self, *, is_refresh: bool) -> bool:
+    def _try_take_shared_permit(self, *, is_refresh: bool) -> bool:
         return self._shared is None or self._shared.take(is_refresh=is_refresh)
 
     def _on_shared_reply(self) -> None:

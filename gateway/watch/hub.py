@@ -54,7 +54,7 @@ class WatchHub:
 
     The attribute `deliver_directly` is called with each update and its recipients. It returns the subscribers
     that must keep the update as unsent: by default, all recipients. `unanswered_tasks` counts the watched
-    tasks without a snapshot, and the tasks of batches. `clock` is the clock of `Snapshot.fetched_at`.
+    tasks without a snapshot, and the new tasks of batches. `clock` is the clock of `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class WatchHub:
         store.add_snapshot_listener(self._add_unpublished, is_watched=self._watched.__contains__)
 
     @contextmanager
-    def reserve(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
-        """Count the new tasks among these as unanswered until `subscribe` does.
+    def counted_as_unanswered(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
+        """Count the new tasks among these as unanswered while the context is open, as `subscribe` does later.
 
-        Call `subscribe` without an `await` after this context. Yield the number of tasks that are not watched
-        or have no response yet: only these take time. Raises: Overloaded when there is no room.
+        Do not `await` between the end of this context and `subscribe`. Yield the weight for `take_turn`: the
+        number of tasks that are not watched or have no response yet. Raises: Overloaded if there is no room.
         """
         new = sum(map(self.is_new, keys))
         if not self.unanswered_tasks.has_room(client, new):
@@ -176,7 +176,7 @@ class WatchHub:
     def _start_watching(self, key: TaskKey, client: bytes) -> WatchedTask:
         watched = self._watched[key] = WatchedTask(key)
         if self._last_known(key) is None:
-            self._begin_waiting(watched, client)
+            self._count_as_unanswered(watched, client)
         # A cached snapshot is sent at once, before the first refresh.
         result = self._service.peek(key)
         if result is not None:
@@ -224,17 +224,17 @@ class WatchHub:
         if not watched.subscribers:
             del self._watched[key]
             self._overdue_keys.discard(key)
-            self._end_waiting(watched)
+            self._count_no_longer(watched)
             self._refresher.stop(watched)
-        elif watched.unanswered_client == subscriber.client:  # from now on, it counts for one of the others
-            self._end_waiting(watched)
-            self._begin_waiting(watched, next(iter(watched.subscribers)).client)
+        elif watched.unanswered_client == subscriber.client:  # count it for another one
+            self._count_no_longer(watched)
+            self._count_as_unanswered(watched, next(iter(watched.subscribers)).client)
 
-    def _begin_waiting(self, watched: WatchedTask, client: bytes) -> None:
+    def _count_as_unanswered(self, watched: WatchedTask, client: bytes) -> None:
         watched.unanswered_client = client
         self.unanswered_tasks.add(client)
 
-    def _end_waiting(self, watched: WatchedTask) -> None:
+    def _count_no_longer(self, watched: WatchedTask) -> None:
         if watched.unanswered_client is not None:
             self.unanswered_tasks.remove(watched.unanswered_client)
             watched.unanswered_client = None
@@ -278,7 +278,7 @@ class WatchHub:
             # snapshot, it may report one that is not terminal.
             return
         if update.snapshot is not None:
-            self._end_waiting(watched)
+            self._count_no_longer(watched)
             watched.mark_found()
         recipients = (
             watched.subscribers_awaiting_refresh

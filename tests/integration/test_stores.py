@@ -105,7 +105,7 @@ async def save(store: Store, snapshot: Snapshot) -> Snapshot | None:
 async def entry_of(store: Store, key: TaskKey) -> CacheEntry | None:
     """Return the current entry of a task. A busy machine may have paused this process."""
     await store.read_arrived_messages()
-    return store.valid_entry(key)
+    return store.current_entry(key)
 
 
 async def shown(store: Store, key: TaskKey) -> Snapshot | None:
@@ -140,7 +140,7 @@ async def test_store_is_empty_at_first(store: Store) -> None:
 
 
 async def test_store_returns_a_committed_snapshot(store: Store, snapshot: Callable[..., Snapshot]) -> None:
-    """A committed snapshot is returned by valid_entry, last_known and acquire, with all its fields."""
+    """A committed snapshot is returned by current_entry, last_known and acquire, with all its fields."""
     one = snapshot(etaRelative=3.0, message="so far", state={"job": "a\nb"})
     assert await save(store, one) is one
     for kept in (await shown(store, KEY), store.last_known(KEY), await store.acquire(KEY)):
@@ -186,17 +186,17 @@ async def test_store_is_current_needs_no_lookup(
     await save(store, snapshot())
     older = await entry_of(store, KEY)
     assert older is not None
-    assert store.is_valid(older)
+    assert store.is_current(older)
     clock.now += 1
     newest = await save(store, snapshot())
     newer = await entry_of(store, KEY)
     assert newer is not None
     assert newer.snapshot is newest
-    assert (store.is_valid(older), store.is_valid(newer)) == (False, True)
+    assert (store.is_current(older), store.is_current(newer)) == (False, True)
     for other in ("a", "b"):
         await save(store, snapshot(KEY._replace(task_id=other)))
     assert await shown(store, KEY) is None
-    assert not store.is_valid(newer)
+    assert not store.is_current(newer)
 
 
 async def test_store_never_goes_back(store: Store, snapshot: Callable[..., Snapshot]) -> None:

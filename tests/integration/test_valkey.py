@@ -368,7 +368,7 @@ async def test_valkey_sync_times_out(opened: Open, server: StoreServer) -> None:
     try:
         await eventually(lambda: hasty.trouble, "it works alone, without any request")
         assert not await hasty.read_arrived_messages()
-        entry = hasty.valid_entry(landed.key)
+        entry = hasty.current_entry(landed.key)
         assert entry is not None
         assert entry.snapshot is landed
     finally:

@@ -175,7 +175,7 @@ async def test_announced_snapshot_is_loaded_where_it_is_needed(
     await version_of(other, second.version)
     assert said(await shown(other)) == "second"
     assert [said(snapshot) for snapshot in heard] == ["second"]
-    entry = other.valid_entry(KEY)
+    entry = other.current_entry(KEY)
     assert entry is not None
     assert (entry.reads, entry.fetched_here) == (0, False)
 
@@ -224,12 +224,12 @@ async def test_unchanged_snapshot_keeps_its_entry(one: ValkeyStore) -> None:
     one.release_lease_early(late)
     known = await stored(one, message="newer")
     await read(one)
-    entry = one.valid_entry(KEY)
+    entry = one.current_entry(KEY)
     heard: list[Snapshot] = []
     one.add_snapshot_listener(heard.append)
     assert await save(one, late, message="late") is known
     await one.read_arrived_messages()
-    assert one.valid_entry(KEY) is entry
+    assert one.current_entry(KEY) is entry
     assert heard == []
 
 
@@ -244,15 +244,15 @@ async def test_paused_replica_catches_up_without_the_server(one: ValkeyStore, se
     server.freeze()
     try:
         await blocked(0.1)
-        assert one.valid_entry(KEY) is None
+        assert one.current_entry(KEY) is None
         assert one.last_known(KEY) is known
         began = time.monotonic()
         assert await one.read_arrived_messages()
         assert time.monotonic() - began < 0.3
-        entry = one.valid_entry(KEY)
+        entry = one.current_entry(KEY)
         assert entry is not None
         assert entry.snapshot is known
-        assert one.is_valid(entry)
+        assert one.is_current(entry)
         assert operations(one) == before
         assert not await one.read_arrived_messages(), "it is up to date already"
     finally:
@@ -267,7 +267,7 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
     one.add_snapshot_listener(lambda _: None, is_watched=lambda key: needed == "watched" and key == KEY)
     known = await stored(one)
     assert await shown(one) is known
-    entry = one.valid_entry(KEY)
+    entry = one.current_entry(KEY)
     assert entry is not None
     entry.reads = int(needed == "read")
     channel = channel_of(server).decode()
@@ -278,10 +278,10 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
         pipeline.publish(channel, f"S{KEY.operation}/{KEY.task_id}\n{facts}")
         pipeline.execute()
     time.sleep(0.1)  # noqa: ASYNC251  # the loop has not read the messages
-    assert not one.is_valid(entry)
+    assert not one.is_current(entry)
     assert await one.read_arrived_messages()
-    assert one.valid_entry(KEY) is None
-    assert not one.is_valid(entry)
+    assert one.current_entry(KEY) is None
+    assert not one.is_current(entry)
 
 
 async def test_sync_does_not_raise_when_the_connection_is_lost(opened: Open, server: StoreServer) -> None:
@@ -329,7 +329,7 @@ async def test_cache_in_use_stays_up_to_date(one: ValkeyStore) -> None:
     found = []
     while time.monotonic() < ends:
         await asyncio.sleep(0.01)
-        found.append(one.valid_entry(KEY) is not None)
+        found.append(one.current_entry(KEY) is not None)
         assert await shown(one) is known
     assert found.count(True) > 0.8 * len(found)  # a busy machine may pause this process
 
@@ -338,7 +338,7 @@ async def test_cache_that_was_not_used_is_up_to_date_again_at_once(one: ValkeySt
     """An idle replica runs no timer; its next lookup waits for a few iterations of the event loop."""
     known = await stored(one)
     await one.read_arrived_messages()
-    await eventually(lambda: one.valid_entry(KEY) is None, "the timer has stopped")
+    await eventually(lambda: one.current_entry(KEY) is None, "the timer has stopped")
     assert await one.read_arrived_messages()
     assert await shown(one) is known
 
@@ -381,7 +381,7 @@ async def test_lost_snapshot_does_not_hide_the_one_that_another_replica_fetches(
     lease = await leased(other, after=known.version)
     entry = one.entry(KEY)
     assert entry is not None
-    entry.valid = False  # as after a reconnection
+    entry.outdated = True  # as after a reconnection
     flight = await waiting(one)
     assert await shown(one) is known
     newer = await save(other, lease, message="newer")
@@ -389,7 +389,7 @@ async def test_lost_snapshot_does_not_hide_the_one_that_another_replica_fetches(
     found = await flight
     assert isinstance(found, Snapshot)
     assert found.version == newer.version
-    assert one.valid_entry(KEY) is not None
+    assert one.current_entry(KEY) is not None
 
 
 async def test_newer_snapshot_replaces_an_older_one_that_was_restored(
@@ -412,7 +412,7 @@ async def test_newer_snapshot_replaces_an_older_one_that_was_restored(
             lambda: fields_of(server).get(b"version") == b"%d" % newer.version,
             "the newer one is stored",
         )
-        await eventually(lambda: one.valid_entry(KEY) is None, "it has heard of the newer one")
+        await eventually(lambda: one.current_entry(KEY) is None, "it has heard of the newer one")
         assert (await result(one)).version == newer.version
 
 
@@ -552,7 +552,7 @@ async def test_announced_snapshot_of_an_overlapping_query_is_fetched_again(
     newer = await save(one, await leased(one), progress=0.4)
     assert newer is not None
     assert newer.version > second.version
-    await eventually(lambda: other.valid_entry(KEY) is None, "the other replica hears of it")
+    await eventually(lambda: other.current_entry(KEY) is None, "the other replica hears of it")
     assert (await result(other)).version == newer.version
 
 

@@ -120,14 +120,14 @@ async def stored(store: ValkeyStore, key: TaskKey = KEY, **values: Any) -> Snaps
 async def shown(store: ValkeyStore, key: TaskKey = KEY) -> Snapshot | None:
     """Return the current snapshot. First read all messages: a busy machine may have paused this process."""
     await store.read_arrived_messages()
-    entry = store.valid_entry(key)
+    entry = store.current_entry(key)
     return None if entry is None else entry.snapshot
 
 
 async def read(store: ValkeyStore, key: TaskKey = KEY) -> None:
     """Count a read of the current snapshot, as a cache hit does."""
     await store.read_arrived_messages()
-    entry = store.valid_entry(key)
+    entry = store.current_entry(key)
     assert entry is not None
     entry.reads += 1
 

@@ -29,6 +29,6 @@ if pending(task.failed_until, now, tonumber(ARGV[9])) then return reply('failure
 if task.holder and pending(task.held_until, now, lease) then return reply('held', task.held_until - now) end
 redis.call('HSET', KEYS[1], 'holder', ARGV[4], 'held_until', text(now + lease))
 keep(math.ceil(lease / 1000))
--- The server may have evicted the key: replicas that have a snapshot of the task write it again (message_handler.py).
+-- The server may have evicted the key: replicas that have a snapshot of the task write it again.
 if task.version == 0 and known == 0 then redis.call('PUBLISH', ARGV[5], 'Q' .. ARGV[6]) end
 return reply('lease', math.max(tonumber(ARGV[7]), task.version + 1, task.revision + 1))

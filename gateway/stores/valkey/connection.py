@@ -106,9 +106,9 @@ class StoreConnection:
         return self._servers is not None
 
     @property
-    def delay(self) -> float:
-        """Estimated time between the sending and the arrival of a message or reply, in seconds."""
-        return 0.0 if self._subscription is None else self._subscription.delay
+    def round_trip_seconds(self) -> float:
+        """The duration of the last measured round trip to the server; 0 before the first."""
+        return 0.0 if self._subscription is None else self._subscription.round_trip_seconds
 
     async def read_arrived_messages(self) -> bool:
         """Read all messages that have reached this process; return whether some may have been unread."""

@@ -2,11 +2,11 @@
 
     a snapshot was stored, body unchanged  -> set version, age and lifetime of the one in memory
                            body changed    -> read it now if the task is read or watched here
-                                           -> else invalidate the one in memory; the next lookup reads it
+                                           -> else the one in memory is outdated; the next lookup reads it
                            queries overlap -> the next lookup queries the upstream again
     an older snapshot was stored, or the   -> write the one in memory to the server: it has lost it
     server needs a snapshot
-    the connection has come up             -> invalidate all entries: messages may have been missed
+    the connection has come up             -> all entries are outdated: messages may have been missed
 
 The message that a snapshot was stored, or a lease ended, also wakes the in-flight request that waits for it.
 """
@@ -93,13 +93,13 @@ class MessageHandler:
             self._start(self._restore(self._to_restore.pop()))
 
     def on_connection_change(self) -> None:
-        """Invalidate all entries if the connection has come up, because messages may have been missed.
+        """Mark all entries as outdated if the connection has come up, because messages may have been missed.
 
-        Without a connection there are no messages to miss, so all entries are valid.
+        Without a connection there are no messages to miss, so no entry is outdated.
         """
         up = self._connection.up
         for entry in self._memory.entries():
-            entry.valid = not up
+            entry.outdated = up
             if not up:
                 entry.announced_version = 0
         self._waiters.wake_all()
@@ -115,7 +115,7 @@ class MessageHandler:
         self._waiters.wake(key)
 
     def _apply_announcement(self, key: TaskKey, facts: StoredFacts, revision: int) -> None:
-        """Apply the message that another snapshot is stored: update, read or invalidate the entry."""
+        """Apply the message that another snapshot is stored: use it, read it, or mark the entry outdated."""
         self._leases.record_announcement(key, facts.version)
         entry = self._memory.entry_without_use(key)
         watched = any(is_watched(key) for is_watched in self._watch_checks)
@@ -137,11 +137,11 @@ class MessageHandler:
             return
         if key in self._waiters or not (entry.reads or watched):
             # An in-flight request that waits for the lease reads the new snapshot; it must not find this one.
-            entry.valid = False
+            entry.outdated = True
             return
         # The present snapshot is served until the new one is read. But after a pause of this process the
         # message may be old, and the present snapshot is not served any more.
-        entry.valid = self._memory.is_valid(entry)
+        entry.outdated = not self._memory.is_current(entry)
         self._start(self._read(key))
 
     async def _read(self, key: TaskKey) -> None:
@@ -151,7 +151,7 @@ class MessageHandler:
             await self._snapshots.read(key)
         except (InvalidStoredValue, StoreUnavailable) as exc:
             if entry is not None and self._connection.up:
-                entry.valid = False
+                entry.outdated = True
             if isinstance(exc, InvalidStoredValue):
                 await self._snapshots.delete_invalid(key, exc)
 

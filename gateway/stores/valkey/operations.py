@@ -64,6 +64,21 @@ class StoreOperations:
         )
         return Reply(kind, StoredFacts.checked(*facts), value, number, failure)
 
+    async def read(self, key: TaskKey, *, known: int) -> Reply:
+        """Run `acquire.lua` without a token: it returns a snapshot that is newer than `known`, and no lease.
+
+        Raises: InvalidStoredValue.
+        """
+        return await self.acquire(
+            key,
+            "",
+            known=known,
+            min_version=0,
+            seen_revision=0,
+            next_version=0,
+            error_seconds=0.0,
+        )
+
     async def commit(
         self, token: str, snapshot: Snapshot, *, follows: int, age: float, keep_seconds: float
     ) -> Reply:

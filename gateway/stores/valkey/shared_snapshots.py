@@ -1,4 +1,4 @@
-"""Reads snapshots from the server and writes them to it, and stores those of its replies in memory."""
+"""Reads and writes snapshots on the server, and stores the snapshots in its replies in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 class SharedSnapshots:
     """The snapshots on the server. `memory` is the local cache.
 
-    `lifetimes`: how long snapshots are fresh here, in seconds, by status; results are under None.
+    `lifetimes`: how long snapshots are fresh here, in seconds, by status; the key None is for results.
     """
 
     def __init__(
@@ -54,16 +54,8 @@ class SharedSnapshots:
     async def read(self, key: TaskKey) -> None:
         """Read the snapshot of a task into memory. Raises: StoreUnavailable, InvalidStoredValue."""
         entry = self._memory.entry(key)
-        reply = await self._operations.acquire(
-            key,
-            "",
-            known=0 if entry is None else entry.snapshot.version,
-            min_version=0,
-            seen_revision=0,
-            next_version=0,
-            error_seconds=0.0,
-        )
-        self.apply(key, reply)
+        known = 0 if entry is None else entry.snapshot.version
+        self.apply(key, await self._operations.read(key, known=known))
 
     async def write(self, token: str, snapshot: Snapshot, *, follows: int) -> Reply:
         """Run `commit.lua`; it announces the snapshot. Raises: StoreUnavailable, InvalidStoredValue.
@@ -84,18 +76,18 @@ class SharedSnapshots:
             self._being_written.discard(written)
 
     def is_being_written(self, key: TaskKey, version: int) -> bool:
-        """Tell whether this replica writes the snapshot now: its message may arrive before the reply."""
+        """Tell whether this replica writes the snapshot now. Its message may arrive before the reply."""
         return (key, version) in self._being_written
 
     def apply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
-        """Store the snapshot of a reply in memory, unless memory has a newer one; return the newer one.
+        """Store the snapshot of a reply in memory, unless the one in memory is newer, or may be.
 
-        Raises: InvalidStoredValue.
+        Return the snapshot that is in memory then; None if there is none. Raises: InvalidStoredValue.
         """
         entry, facts = self._memory.entry(key), reply.facts
         if entry is not None and not supersedes(facts, entry.snapshot):
-            # The server has no newer snapshot. If a newer one was announced, the server has lost it.
-            entry.valid = entry.announced_version <= entry.snapshot.version
+            # The entry is not outdated, unless a newer version was announced: the server has lost that one.
+            entry.outdated = entry.announced_version > entry.snapshot.version
             return entry.snapshot
         if not reply.value:
             return None if entry is None else entry.snapshot
@@ -136,7 +128,7 @@ class SharedSnapshots:
 
     def _fetched_at(self, facts: StoredFacts) -> float:
         # The age was computed on the server. Since then, up to a whole round trip has passed.
-        return facts.fetched_at(self._clock()) - self._connection.delay
+        return facts.fetched_at(self._clock()) - self._connection.round_trip_seconds
 
 
 def supersedes(facts: StoredFacts, snapshot: Snapshot) -> bool:
@@ -156,6 +148,10 @@ def overlaps(known: Snapshot, version: int, revision: int) -> bool:
 
 
 def require_refetch(entry: CacheEntry) -> None:
-    """Serve an entry no longer, and accept only the response to a query that begins from now on."""
-    entry.valid = False
+    """Mark an entry as outdated until a snapshot replaces it whose query began after its body had arrived.
+
+    The revision of a body is the time at which it arrived, and the version of a snapshot is the time at which
+    its query began.
+    """
+    entry.outdated = True
     entry.announced_version = max(entry.announced_version, entry.snapshot.revision + 1)

@@ -122,14 +122,14 @@ class ValkeyStore(MemoryStore):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.valid_entry`."""
+    def current_entry(self, key: TaskKey) -> CacheEntry | None:
+        """See `Store.current_entry`."""
         entry = self.entry(key)
-        return entry if entry is not None and self.is_valid(entry) else None
+        return entry if entry is not None and self.is_current(entry) else None
 
-    def is_valid(self, entry: CacheEntry) -> bool:
-        """See `Store.is_valid`."""
-        return entry.valid and time.monotonic() < self._up_to_date_until
+    def is_current(self, entry: CacheEntry) -> bool:
+        """See `Store.is_current`."""
+        return not entry.outdated and time.monotonic() < self._up_to_date_until
 
     async def read_arrived_messages(self) -> bool:
         """See `Store.read_arrived_messages`."""
@@ -296,7 +296,7 @@ class ValkeyStore(MemoryStore):
 
     def _acquire_locally(self, key: TaskKey, requirement: Requirement) -> Snapshot | GatewayError | Lease:
         """Return a result from the local cache, or a lease that exists in this process only."""
-        current = self.valid_entry(key)
+        current = self.current_entry(key)
         if current is not None:
             snapshot = current.snapshot
             if snapshot.fresh(self._clock()) and requirement.is_met_by(snapshot):

@@ -51,7 +51,7 @@ class Subscription:
         on_message: Callable[[bytes], None],
         on_up_to_date: Callable[[float], None],
     ) -> None:
-        self.delay = 0.0
+        self.round_trip_seconds = 0.0
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._servers = servers
         self._timeout_seconds = timeout_seconds
@@ -142,7 +142,7 @@ class Subscription:
                 raise ConnectionError("the connection is closed") from exc
             finally:
                 del self._pongs[name]
-            self.delay = min(time.monotonic() - sent, _LONGEST_TRIP_SECONDS)
+            self.round_trip_seconds = min(time.monotonic() - sent, _LONGEST_TRIP_SECONDS)
             await asyncio.sleep(_PING_SECONDS)
 
     def _start_timer(self) -> None:

@@ -313,7 +313,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
 async def test_still_current_for_as_long_as_a_lookup_succeeds(bench: Bench) -> None:
     """An entry is current while it keeps the freshness promise, and each check counts as a lookup."""
     snapshot = (await bench.learn()).snapshot
-    entry = cast("CacheEntry", bench.store.valid_entry(KEY))
+    entry = cast("CacheEntry", bench.store.current_entry(KEY))
     promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
     assert all(bench.service.try_reuse(entry, snapshot.fetched_at + age) for age in ages)
@@ -819,9 +819,9 @@ async def test_get_returns_a_failure_without_a_snapshot(bench: Bench, failure: G
 async def test_refusal_prefers_the_cached_failure(bench: Bench, failure: GatewayError) -> None:
     """A caller that must not wait receives the task's own failure while it is cached, and else the reason."""
     reason = Overloaded("too many")
-    assert bench.service.refuse(KEY, reason).failure is reason
+    assert bench.service.count_refusal(KEY, reason).failure is reason
     await bench.fail(failure)
-    assert bench.service.refuse(KEY, reason).failure == Alike(failure)
+    assert bench.service.count_refusal(KEY, reason).failure == Alike(failure)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"negative": 2, "miss": 1}
 
@@ -1721,9 +1721,9 @@ class LaggingStore(MemoryStore):
     whole = True
     caught_up = 0
 
-    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
+    def current_entry(self, key: TaskKey) -> CacheEntry | None:
         """Return nothing while the store is behind."""
-        return None if self.behind else super().valid_entry(key)
+        return None if self.behind else super().current_entry(key)
 
     async def read_arrived_messages(self) -> bool:
         """Catch up, if possible."""

@@ -462,7 +462,7 @@ async def test_watch_unpublished_end_is_not_overwritten(
     """A running snapshot, stored after an eviction, does not overwrite an unpublished terminal one."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1", Status.SUCCEEDED))
-        monkeypatch.setattr(store, "valid_entry", lambda _: None)
+        monkeypatch.setattr(store, "current_entry", lambda _: None)
         store.put(snapshot("2"))
         assert etags(await received(subscriber)) == ["1"]
         for etag in "34":
@@ -821,10 +821,10 @@ async def codes(subscriber: Subscriber) -> list[str | None]:
 async def test_watch_counts_tasks_until_their_first_snapshot(watch: WatchHub, store: MemoryStore) -> None:
     """A task without a snapshot counts once, until it has one or is left."""
     keys = [of(task_id, "").key for task_id in "abc"]
-    with watch.reserve(keys, client=b"first") as unanswered:
+    with watch.counted_as_unanswered(keys, client=b"first") as unanswered:
         assert (unanswered, len(watch.unanswered_tasks)) == (3, 3)
     with watch.subscribe(keys, SubscriptionKind.EVENTS, client=b"first"):
-        with watch.reserve(keys, client=b"second") as unanswered:
+        with watch.counted_as_unanswered(keys, client=b"second") as unanswered:
             assert (unanswered, len(watch.unanswered_tasks)) == (3, 3)
         with watch.subscribe(keys, SubscriptionKind.EVENTS, client=b"second"):
             store.put(of("a", "1"))
@@ -859,11 +859,14 @@ async def test_watch_admits_known_tasks_without_counting(watch: WatchHub, store:
     known, unknown = of("a", "1"), of("b", "1")
     store.put(known)
     with watch.unanswered_tasks.counted(b"greedy", 20_000):
-        with watch.reserve([known.key], client=b"greedy") as schedules:
+        with watch.counted_as_unanswered([known.key], client=b"greedy") as schedules:
             assert schedules == 1
         with watch.subscribe([known.key], SubscriptionKind.EVENTS, client=b"greedy"):
             assert len(watch.unanswered_tasks) == 20_000
-        with pytest.raises(Overloaded), watch.reserve([known.key, unknown.key], client=b"greedy"):
+        with (
+            pytest.raises(Overloaded),
+            watch.counted_as_unanswered([known.key, unknown.key], client=b"greedy"),
+        ):
             pass
     await watch.aclose()
 
