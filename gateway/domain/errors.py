@@ -28,7 +28,7 @@
         ├── UpstreamInvalid         the response is not a valid envelope
         │   ├── UpstreamIsGateway   the response comes from an sd-progress-gateway
         │   ├── ResponseForAnotherTask  the response names another task
-        │   ├── UnconfirmedResponse  the response may belong to another task's call
+        │   ├── UnattributedResponse  the response may belong to another task's call
         │   └── UpstreamBusy        temporary failure of the upstream
         ├── UpstreamUnreachable     DNS, connect, TLS or reset
         └── UpstreamTimeout         deadline exceeded
@@ -269,7 +269,7 @@ class ResponseForAnotherTask(UpstreamInvalid):
     """The response names another task than the requested one."""
 
 
-class UnconfirmedResponse(UpstreamInvalid):
+class UnattributedResponse(UpstreamInvalid):
     """A failure that may be the response to another task's call. It has no detail of the response.
 
     The call is repeated on a new connection. Callers see this error only if that is not possible in time.

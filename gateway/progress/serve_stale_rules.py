@@ -42,7 +42,7 @@ class ServeStaleRules:
         """Tell whether this snapshot may be served instead of a failure (stale-if-error)."""
         return (
             snapshot is not None
-            and snapshot.is_at_least(seen_revision)
+            and snapshot.is_not_older_than(seen_revision)
             and self._clock() - snapshot.fetched_at <= self._settings.stale_if_error_seconds
         )
 

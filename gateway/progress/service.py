@@ -88,16 +88,17 @@ class ProgressService:
         self._metrics = LookupMetrics(metrics, settings)
 
     def lookup(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
-        """Return the snapshot in the store, and count a lookup; if none may be served, return None only.
+        """Return the snapshot in the store, and count a lookup. Return None if none may be served.
 
-        If the snapshot is stale, start a background refresh, unless a failure of the task is cached.
-        `seen_revision`: a snapshot that is not terminal must not be older than the body with this revision.
+        If the snapshot is stale, start a background refresh, unless a failure of the task is cached. If the
+        result is None, count no lookup and start no refresh. `seen_revision`: a snapshot that is not terminal
+        must not be older than the body with this revision.
         """
         entry = self._store.current_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
-        if seen_revision and not snapshot.is_at_least(seen_revision):
+        if seen_revision and not snapshot.is_not_older_than(seen_revision):
             return None
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
@@ -158,7 +159,7 @@ class ProgressService:
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
-    def count_refusal(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
+    def refuse_lookup(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
         """Count a lookup that is refused; return the cached failure of the task, or else `failure`."""
         self._metrics.count(key.operation, CacheStatus.NEGATIVE)
         return LookupFailure(key, self._store.cached_failure(key) or failure, CacheStatus.NEGATIVE)
@@ -184,7 +185,7 @@ class ProgressService:
             entry = self._store.current_entry(key)
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
-        if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
+        if snapshot is None or age >= snapshot.lifetime or not snapshot.is_not_older_than(seen_revision):
             return await self._wait(key, client, until_done=True, seen_revision=seen_revision)
         return FoundSnapshot(snapshot, age, CacheStatus.HIT)
 
@@ -198,7 +199,7 @@ class ProgressService:
         if entry is None:
             return None
         snapshot = entry.snapshot
-        if seen_revision and not snapshot.is_at_least(seen_revision):
+        if seen_revision and not snapshot.is_not_older_than(seen_revision):
             return None
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
@@ -245,8 +246,8 @@ class ProgressService:
         self, operation: Operation, seconds: float, seconds_before_call: float
     ) -> None:
         self._refresh_ahead.observe_latency(operation, seconds)
-        # Without the time in the queue: otherwise a long queue would raise the duration from which on a query
-        # counts as slow, and updates as overdue.
+        # The time in the queue is subtracted. Otherwise a long queue would raise the limit above which a
+        # query counts as slow, and the update of its task as overdue.
         self.overdue_rules.observe_latency(seconds - seconds_before_call)
 
     def _start_refresh_ahead(self, key: TaskKey, version: int) -> None:
@@ -279,7 +280,7 @@ class ProgressService:
             for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
                 fetch_outcome = await self._wait_once(key, requirement, until_done=until_done)
                 fetched = fetch_outcome.snapshot_or_error
-                if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
+                if isinstance(fetched, GatewayError) or fetched.is_not_older_than(seen_revision):
                     break
                 # The in-flight request had started with the requirement of another caller.
                 requirement = requirement._replace(newer_than=fetched.version)

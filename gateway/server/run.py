@@ -22,9 +22,9 @@ from gateway.server import signals
 from gateway.server.application_parts import Application
 from gateway.server.connection import Connection
 from gateway.server.connection_limits import bound_buffers, make_connection_limits
+from gateway.server.drop_new_connections import HANDSHAKE_SECONDS, drop_new_connections
 from gateway.server.graceful_shutdown import HANDOVER_SECONDS, GracefulShutdown
 from gateway.server.listen_errors import CannotListen, settings_hint
-from gateway.server.listener_filter import HANDSHAKE_SECONDS, drop_new_connections
 from gateway.server.memory_trim import MemoryTrim
 from gateway.server.protocol_class import make_protocol_class
 from gateway.server.systemd import notify

@@ -78,7 +78,7 @@ class Metrics:
         self.cache_lookups = FastCounters(
             "sd_gateway_cache_lookups_total",
             "Number of cache lookups, by result: hit (fresh), stale, miss (started a query), "
-            "collapsed (joined a query in flight), negative (cached failure).",
+            "collapsed (joined a query in flight), negative (a cached failure, or refused for want of room).",
             ["operation", "result"],
             registry=registry,
         )

@@ -28,7 +28,7 @@ from gateway.domain.errors import (
     Overloaded,
     RateLimited,
     TimestampRefused,
-    UnconfirmedResponse,
+    UnattributedResponse,
     UpstreamError,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -203,7 +203,7 @@ class UpstreamClient:
     ) -> int:
         """Count a repeat; return the number of retries that it uses: 0 for a repeat on a new connection."""
         self._metrics.upstream_retries.labels(operation, failure.code).inc()
-        if isinstance(failure, UnconfirmedResponse):
+        if isinstance(failure, UnattributedResponse):
             return 0
         on_retry()
         return 1

@@ -2,9 +2,9 @@
 
     names the task                         -> it is the task's; the connection is reused
     names no task, on a new connection     -> it is the task's; the connection is closed
-    names no task, on a reused connection  -> UnconfirmedResponse; the connection is closed
+    names no task, on a reused connection  -> UnattributedResponse; the connection is closed
     names another task, on a new one       -> the query fails; the connection is closed
-    names another task, on a reused one    -> UnconfirmedResponse; all idle connections are closed
+    names another task, on a reused one    -> UnattributedResponse; all idle connections are closed
 
 The upstream, or a proxy in front of it, may get out of step on a connection: it then answers each request
 with the response to the request before. A success names its task, but a rejection does not. So a failure
@@ -28,7 +28,7 @@ from cachetools import LRUCache
 from gateway.domain.errors import (
     CredentialsRefused,
     ResponseForAnotherTask,
-    UnconfirmedResponse,
+    UnattributedResponse,
     UpstreamError,
     UpstreamThrottled,
 )
@@ -72,7 +72,7 @@ class ResponseAttribution:
             error: The failure.
 
         Raises:
-            UnconfirmedResponse: The failure may belong to the call for another task. The next call for this
+            UnattributedResponse: The failure may belong to the call for another task. The next call for this
                 task will be made on a new connection.
         """
         if isinstance(error, (CredentialsRefused, UpstreamThrottled)):
@@ -83,5 +83,5 @@ class ResponseAttribution:
             if (suppressed := self._log_sampler.take(key.operation)) is not None:
                 log.warning("connection_out_of_step", operation=key.operation, suppressed=suppressed)
         if response.reused and not error.transient:  # a transient failure is retried anyway
-            raise UnconfirmedResponse("the upstream's answer may be for another task")
+            raise UnattributedResponse("the upstream's answer may be for another task")
         return False

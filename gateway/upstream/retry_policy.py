@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import random
 
-from gateway.domain.errors import UnconfirmedResponse, UpstreamError
+from gateway.domain.errors import UnattributedResponse, UpstreamError
 
 _BACKOFF_SECONDS = 0.1  # upper bound of the first delay; doubled for each further retry
 # The retry budget: each query adds 0.2 retries, up to 10 in total. When the budget is used up, there is at
@@ -56,7 +56,7 @@ class RetryPolicy:
             retries: The number of retries that the query has made.
             max_delay_seconds: The longest delay that leaves time for a response before the deadline.
         """
-        if isinstance(error, UnconfirmedResponse):
+        if isinstance(error, UnattributedResponse):
             return 0.0 if max_delay_seconds > 0 else None
         if not error.transient or retries >= self._max_retries or self._budget < 1:
             return None

@@ -97,10 +97,10 @@ class WatchHub:
 
     @contextmanager
     def counted_as_unanswered(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
-        """Count the new tasks among these as unanswered while the context is open, as `subscribe` does later.
+        """While the context is open, count the new tasks as unanswered. Afterwards `subscribe` counts them.
 
-        Do not `await` between the end of this context and `subscribe`. Yield the weight for `take_turn`: the
-        number of tasks that are not watched or have no response yet. Raises: Overloaded if there is no room.
+        Do not `await` between the end of this context and `subscribe`. Yield the number of tasks that are not
+        watched or have no response yet, for `take_turn` of the package `api`. Raises: Overloaded.
         """
         new = sum(map(self.is_new, keys))
         if not self.unanswered_tasks.has_room(client, new):
@@ -224,17 +224,17 @@ class WatchHub:
         if not watched.subscribers:
             del self._watched[key]
             self._overdue_keys.discard(key)
-            self._count_no_longer(watched)
+            self._stop_counting(watched)
             self._refresher.stop(watched)
         elif watched.unanswered_client == subscriber.client:  # count it for another one
-            self._count_no_longer(watched)
+            self._stop_counting(watched)
             self._count_as_unanswered(watched, next(iter(watched.subscribers)).client)
 
     def _count_as_unanswered(self, watched: WatchedTask, client: bytes) -> None:
         watched.unanswered_client = client
         self.unanswered_tasks.add(client)
 
-    def _count_no_longer(self, watched: WatchedTask) -> None:
+    def _stop_counting(self, watched: WatchedTask) -> None:
         if watched.unanswered_client is not None:
             self.unanswered_tasks.remove(watched.unanswered_client)
             watched.unanswered_client = None
@@ -278,7 +278,7 @@ class WatchHub:
             # snapshot, it may report one that is not terminal.
             return
         if update.snapshot is not None:
-            self._count_no_longer(watched)
+            self._stop_counting(watched)
             watched.mark_found()
         recipients = (
             watched.subscribers_awaiting_refresh

@@ -161,13 +161,12 @@ class MessageHandler:
         if snapshot is None:
             return
         try:
-            reply = await self._snapshots.write("restore", snapshot, follows=snapshot.version)
+            reply = await self._snapshots.write("restore", snapshot, known_version=snapshot.version)
             self._snapshots.apply(key, reply)
             entry = self._memory.entry(key)
             if reply.kind == b"refused" and entry is not None and entry.snapshot is snapshot:
-                require_refetch(
-                    entry
-                )  # the queries have overlapped; other replicas serve the stored snapshot
+                # The queries have overlapped, and the other replicas serve the stored snapshot.
+                require_refetch(entry)
         except StoreUnavailable:
             self.restore_later(key)
         except InvalidStoredValue as exc:

@@ -80,16 +80,16 @@ class StoreOperations:
         )
 
     async def commit(
-        self, token: str, snapshot: Snapshot, *, follows: int, age: float, keep_seconds: float
+        self, token: str, snapshot: Snapshot, *, known_version: int, age: float, keep_seconds: float
     ) -> Reply:
-        """Run `commit.lua`; `follows`: the version of the previous snapshot. Raises: InvalidStoredValue."""
+        """Run `commit.lua`; `known_version`: see `SharedSnapshots.write`. Raises: InvalidStoredValue."""
         kind, *facts, value = await self._run(
             COMMIT,
             snapshot.key,
             [
                 token,
                 snapshot.version,
-                follows,
+                known_version,
                 snapshot.revision,
                 max(int(age * MICROSECONDS), 0),
                 lifetime_of(snapshot),

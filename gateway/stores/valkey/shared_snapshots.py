@@ -1,4 +1,4 @@
-"""Reads and writes snapshots on the server, and stores the snapshots in its replies in memory."""
+"""Reads and writes snapshots on the server, and puts each snapshot that it returns into memory."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class SharedSnapshots:
         known = 0 if entry is None else entry.snapshot.version
         self.apply(key, await self._operations.read(key, known=known))
 
-    async def write(self, token: str, snapshot: Snapshot, *, follows: int) -> Reply:
+    async def write(self, token: str, snapshot: Snapshot, *, known_version: int) -> Reply:
         """Run `commit.lua`; it announces the snapshot. Raises: StoreUnavailable, InvalidStoredValue.
 
-        `follows`: the newest version that was known when the snapshot was built.
+        `known_version`: the newest version that was known when the snapshot was built.
         """
         written = snapshot.key, snapshot.version
         self._being_written.add(written)
@@ -68,7 +68,7 @@ class SharedSnapshots:
             return await self._operations.commit(
                 token,
                 snapshot,
-                follows=follows,
+                known_version=known_version,
                 age=self._clock() - snapshot.fetched_at,
                 keep_seconds=self._memory.keep_seconds(snapshot),
             )
@@ -86,7 +86,8 @@ class SharedSnapshots:
         """
         entry, facts = self._memory.entry(key), reply.facts
         if entry is not None and not supersedes(facts, entry.snapshot):
-            # The entry is not outdated, unless a newer version was announced: the server has lost that one.
+            # The server has nothing newer. If it has lost a newer version that was announced, the entry stays
+            # outdated until the task is queried again.
             entry.outdated = entry.announced_version > entry.snapshot.version
             return entry.snapshot
         if not reply.value:
@@ -148,10 +149,10 @@ def overlaps(known: Snapshot, version: int, revision: int) -> bool:
 
 
 def require_refetch(entry: CacheEntry) -> None:
-    """Mark an entry as outdated until a snapshot replaces it whose query began after its body had arrived.
+    """Mark an entry as outdated, and accept only snapshots of queries that began after its body had arrived.
 
-    The revision of a body is the time at which it arrived, and the version of a snapshot is the time at which
-    its query began.
+    The revision of a body is the time at which it arrived. The version of a snapshot is the time at which its
+    lease was requested, just before the query.
     """
     entry.outdated = True
     entry.announced_version = max(entry.announced_version, entry.snapshot.revision + 1)

@@ -189,10 +189,10 @@ class ValkeyStore(MemoryStore):
         """See `Store.commit`."""
         previous = self.last_known(lease.key)
         snapshot = build(previous)
-        follows = 0 if previous is None else previous.version
+        known_version = 0 if previous is None else previous.version
         for _ in range(_MAX_ATTEMPTS):
             try:
-                reply = await self._shared_snapshots.write(lease.token, snapshot, follows=follows)
+                reply = await self._shared_snapshots.write(lease.token, snapshot, known_version=known_version)
                 if reply.kind == b"stored":
                     return self._put_committed(lease, snapshot)
                 self._shared_snapshots.apply(lease.key, reply)
@@ -209,7 +209,7 @@ class ValkeyStore(MemoryStore):
                 self._leases.forget(lease)
                 return previous if previous is not None and previous.fresh(self._clock()) else None
             snapshot = build(previous)
-            follows = max(follows, reply.facts.version)
+            known_version = max(known_version, reply.facts.version)
         else:
             self._leases.end_in_background(lease)
         self._leases.forget(lease)

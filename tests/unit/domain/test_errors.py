@@ -18,7 +18,7 @@ from gateway.domain.errors import (
 
 BRANCHES = {"GatewayError", "RequestError", "UpstreamError"}
 TRANSIENT = {
-    "UnconfirmedResponse",
+    "UnattributedResponse",
     "UpstreamBusy",
     "NonceRefused",
     "UpstreamTimeout",

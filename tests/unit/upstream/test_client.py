@@ -11,7 +11,7 @@ from gateway.domain.errors import (
     CredentialsRefused,
     KeyPairRefused,
     Overloaded,
-    UnconfirmedResponse,
+    UnattributedResponse,
     UpstreamBusy,
     UpstreamError,
     UpstreamTimeout,
@@ -226,7 +226,7 @@ def test_query_is_repeated_if_the_response_may_be_for_another_task(
     monkeypatch.setattr(RateLimiter, "acquire", counting)
     bench.calls.seconds = 0.1
     for number in range(30):  # more than the budget has
-        bench.calls.failures = [UnconfirmedResponse("perhaps not this task's")]
+        bench.calls.failures = [UnattributedResponse("perhaps not this task's")]
         asked = bench.ask(number)
         bench.loop.advance(0.2)
         assert asked.exception() is None
@@ -239,7 +239,7 @@ def test_query_is_repeated_if_the_response_may_be_for_another_task(
 def test_repeat_on_a_new_connection_leaves_all_retries(bench: Bench) -> None:
     """After such a repeat, a failing upstream still gets each retry that the settings allow."""
     bench.calls.seconds = 0.1
-    repeats, released = [UnconfirmedResponse("perhaps not this task's")], []
+    repeats, released = [UnattributedResponse("perhaps not this task's")], []
     bench.calls.failures = [*repeats, UpstreamBusy("busy"), UpstreamBusy("busy")]
     asked = bench.ask(0, on_retry=lambda: released.append(True))
     bench.loop.advance(5.0)
@@ -281,10 +281,10 @@ def test_query_without_time_for_a_repeat_is_not_rejected(bench: Bench) -> None:
     """The failure of the first call may be another task's, so the query fails with an error of its own."""
     bench.ask(0)
     bench.loop.advance(4.0)  # now the client knows how long a response takes
-    bench.calls.failures = [UnconfirmedResponse("perhaps not this task's")]
+    bench.calls.failures = [UnattributedResponse("perhaps not this task's")]
     asked = bench.ask(1, timeout_seconds=7.0)
     bench.loop.advance(4.0)
-    assert isinstance(asked.exception(), UnconfirmedResponse)
+    assert isinstance(asked.exception(), UnattributedResponse)
     assert bench.calls.made == ["task0", "task1"]
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gateway.server.listener_filter import drop_new_connections
+from gateway.server.drop_new_connections import drop_new_connections
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux has the packet filter")
 
