@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect
@@ -165,7 +164,7 @@ class BatchEndpoint:
         client = client_key(scope)
         new = {key for key in keys if self._hub.is_new(key)}
         has_room = self._hub.unanswered_tasks.has_room(client, len(new))
-        # If all tasks are new, `reserve` refuses them.
+        # If all tasks are new, `counted_as_unanswered` refuses them.
         watched = keys if has_room else [key for key in keys if key not in new] or keys
         if len(watched) < len(keys):
             wait = min(wait, RETRY_SECONDS)  # then the others are tried again
@@ -178,9 +177,8 @@ class BatchEndpoint:
                 watched, SubscriptionKind.LONGPOLL, client=client, seen_revisions=seen
             ) as subscriber:
                 async with DisconnectListener(scope, receive, subscriber.disconnect, tasks=len(watched)):
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(wait):
-                            await latest.wait_for_change(subscriber)
+                    with subscriber.expiring(wait):
+                        await latest.wait_for_change(subscriber)
                 await self._service.read_arrived_messages()
         known: dict[TaskKey, FoundSnapshot | LookupFailure] = {}
         for key in watched:
@@ -259,7 +257,7 @@ class _Latest:
 
     async def wait_for_change(self, subscriber: Subscriber) -> None:
         """Return when the representation is complete, and has changed or ended. Raises: ClientDisconnect."""
-        while not subscriber.shutting_down and not self._is_over(subscriber):
+        while not subscriber.ended and not self._is_over(subscriber):
             self._take(await subscriber.next_updates())
             self._stale.update((each.key, each.code) for each in subscriber.take_overdue_notices())
             if subscriber.disconnected:

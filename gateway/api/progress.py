@@ -6,9 +6,6 @@ stored, and nothing but `send` is awaited.
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
-
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -105,9 +102,8 @@ class ProgressEndpoint:
             ) as subscriber,
         ):
             async with DisconnectListener(scope, receive, subscriber.disconnect, tasks=1):
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(wait):
-                        await change.wait(subscriber)
+                with subscriber.expiring(wait):
+                    await change.wait(subscriber)
             await self._service.read_arrived_messages()
         if change.failure is not None:
             outcome: FoundSnapshot | LookupFailure = LookupFailure(key, change.failure, CacheStatus.NEGATIVE)
@@ -137,7 +133,7 @@ class _Change:
     async def wait(self, subscriber: Subscriber) -> None:
         """Return when there is a change. Raises: ClientDisconnect."""
         awaited = not subscriber.woken
-        while not subscriber.shutting_down:
+        while not subscriber.ended:
             # No variable has an update while this waits: its body may be large.
             if any(self._ends_wait(update, awaited) for update in await subscriber.next_updates()):
                 return

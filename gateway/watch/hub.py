@@ -139,7 +139,7 @@ class WatchHub:
             load_body=self._publish_and_load_body,
             refetch=self._refetch,
         )
-        subscriber.shutting_down = self._shutting_down
+        subscriber.ended = self._shutting_down
         if self._shutting_down:
             subscriber.wake()
         self._subscribers.add(subscriber)
@@ -164,7 +164,7 @@ class WatchHub:
         for key in tuple(self._watched):
             self._publish_unpublished(key)
         for subscriber in self._subscribers:
-            subscriber.shutting_down = True
+            subscriber.ended = True
             subscriber.wake()
 
     async def aclose(self) -> None:

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import structlog
 
 from gateway.domain.errors import GatewayError, UpstreamRejected
+from gateway.domain.paced_callbacks import PacedCallbacks
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.progress.outcomes import LookupFailure
@@ -92,6 +93,7 @@ class Refresher:
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
+        self._turns = PacedCallbacks()
         self._stopping: set[asyncio.Task[None]] = set()
         self._backing_off: dict[WatchedTask, _BackOff] = {}  # the one that has waited longest first
         self._probe_timer: asyncio.TimerHandle | None = None
@@ -230,7 +232,11 @@ class Refresher:
             )
             if isinstance(outcome, LookupFailure):
                 self._publish_unpublished(key)  # it is older than the failure
-                self._publish(Update(key, failure=outcome.failure))
+                latest = watched.published_update
+                # If many calls fail together, their tasks with many subscribers take turns.
+                await self._turns.turn(tasks=len(watched.subscribers), client=b"")
+                if watched.published_update is latest and watched.unpublished_snapshot is None:
+                    self._publish(Update(key, failure=outcome.failure))
                 if isinstance(outcome.failure, UpstreamRejected):
                     self._note_rejection(watched)
                 return None, outcome.failure

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from enum import StrEnum
@@ -116,7 +118,7 @@ class Subscriber:
             no newer snapshot was seen by the client. Otherwise None: a direct write would overtake an older
             update, or could be older than what the client has.
         not_found_keys: Tasks whose queries the upstream has rejected for `watch.unknown_task_seconds`.
-        shutting_down: The gateway shuts down; the stream must end.
+        ended: The gateway shuts down, or the time of the long poll is over: the response must end.
         disconnected: The client has closed the connection.
         heartbeat_due: The stream must send a heartbeat.
         woken: `wake` was called since the last `wait`.
@@ -136,11 +138,11 @@ class Subscriber:
         "client",
         "direct_transport",
         "disconnected",
+        "ended",
         "heartbeat_due",
         "keys",
         "not_found_keys",
         "seen_revisions",
-        "shutting_down",
         "transport_if_idle",
         "woken",
     )
@@ -159,8 +161,8 @@ class Subscriber:
         self.client = client
         self._wakes = wakes or PacedCallbacks()
         self.seen_revisions = dict(seen_revisions)
-        self.not_found_keys: frozenset[TaskKey] = frozenset()
-        self.shutting_down = False
+        self.not_found_keys: AbstractSet[TaskKey] = frozenset()
+        self.ended = False
         self.disconnected = False
         self._load_body = load_body
         self._refetch = refetch
@@ -199,6 +201,18 @@ class Subscriber:
         self.wake()
         return True
 
+    def set_not_found(self, key: TaskKey, *, not_found: bool) -> None:
+        """Add a task to `not_found_keys` and wake the response, or remove the task."""
+        if not_found is (key in self.not_found_keys):
+            return
+        if not isinstance(self.not_found_keys, set):
+            self.not_found_keys = set()  # not before, to save memory
+        if not_found:
+            self.not_found_keys.add(key)
+            self.wake()
+        else:
+            self.not_found_keys.discard(key)
+
     def put_overdue_notice(self, notice: OverdueNotice) -> None:
         """Store the overdue notice of a task as unsent, and wake the stream.
 
@@ -232,16 +246,33 @@ class Subscriber:
         """Tell whether this task has an unsent update."""
         return key in self._unsent
 
-    def wake(self) -> None:
+    def wake(self, *, tasks: int = 0) -> None:
         """Wake the asyncio task that awaits `wait`, which then checks unsent updates and flags.
 
-        If many subscribers are woken together, each wakes in its turn.
+        If many subscribers are woken together, each wakes in its turn. `tasks`: the number of tasks for which
+        it certainly has work then.
         """
         self.woken = True
         self.transport_if_idle = None
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
-            self._wakes.resolve(waiter)
+            self._wakes.resolve(waiter, tasks=tasks, client=self.client)
+
+    @contextmanager
+    def expiring(self, seconds: float) -> Iterator[None]:
+        """Set `ended` after this time, unless the context ends before.
+
+        Unlike `asyncio.timeout`, this ends only a few of many long polls in one iteration of the event loop.
+        """
+        timer = asyncio.get_running_loop().call_later(seconds, self._expire)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _expire(self) -> None:
+        self.ended = True
+        self.wake(tasks=len(self.keys))
 
     def disconnect(self) -> None:
         """Record that the client has disconnected, and wake the asyncio task that awaits `wait`."""

@@ -68,12 +68,10 @@ class WatchedTask:
         if self.not_found:
             self.not_found = False
             for subscriber in self.subscribers:
-                subscriber.not_found_keys -= {self.key}
+                subscriber.set_not_found(self.key, not_found=False)
 
     def mark_not_found(self) -> None:
         """Record that the upstream has rejected the task for too long, and notify its subscribers."""
         self.not_found = True
         for subscriber in self.subscribers:
-            if self.key not in subscriber.not_found_keys:
-                subscriber.not_found_keys |= {self.key}
-                subscriber.wake()
+            subscriber.set_not_found(self.key, not_found=True)

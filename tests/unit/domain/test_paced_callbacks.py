@@ -111,6 +111,18 @@ async def test_makes_calls_in_the_order_of_their_arrival() -> None:
     assert await bench.iterate(3) == [3, 4, 5]
 
 
+async def test_call_that_a_call_adds_keeps_its_place() -> None:
+    """A call does not overtake those of its client that wait, even if another call adds it."""
+    bench, loop = Bench(), asyncio.get_running_loop()
+    for number in range(4):
+        bench.call(number, weight=1)
+    bench._pace.add(loop, lambda: bench.call(6, weight=1), weight=1, client=b"")
+    for number in (4, 5):
+        bench.call(number, weight=1)
+    await bench.iterate(10)
+    assert bench.started == list(range(7))
+
+
 async def test_clients_take_turns() -> None:
     """A client with one call does not wait for all calls of a client with many; each keeps its order."""
     bench = Bench()

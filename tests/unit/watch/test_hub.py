@@ -321,7 +321,7 @@ async def test_watch_publishes_stored_changes_before_shutdown(watch: WatchHub, s
             store.put(end)
         watch.begin_shutdown()
         assert [update.snapshot for update in await received(subscriber)] == ends
-        assert subscriber.shutting_down
+        assert subscriber.ended
     await watch.aclose()
 
 
@@ -733,9 +733,9 @@ async def test_watch_shutdown_reaches_new_subscribers(watch: WatchHub) -> None:
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         watch.begin_shutdown()
         assert await received(subscriber) == []
-        assert subscriber.shutting_down
+        assert subscriber.ended
         with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
-            assert second.shutting_down
+            assert second.ended
             assert await received(second) == []
     await watch.aclose()
 
@@ -886,6 +886,84 @@ async def test_watch_wakes_many_subscribers_in_turn(watch: WatchHub, store: Memo
             counts.append(sum(poll.done() for poll in polls))
         assert max(after - before for before, after in pairwise(counts)) <= 64
         assert all([etags(await poll) == ["1"] for poll in polls])
+    await watch.aclose()
+
+
+async def test_long_polls_that_expire_together_end_in_turn(watch: WatchHub) -> None:
+    """A long poll of a hundred tasks takes almost a millisecond to end, so few end in one turn."""
+    keys = [of(f"task-{number}", "").key for number in range(100)]
+    ended = []
+
+    async def poll(subscriber: Subscriber) -> None:
+        with subscriber.expiring(0.05):
+            await subscriber.next_updates()
+        assert subscriber.ended
+        ended.append(subscriber)
+
+    with ExitStack() as stack:
+        subscribers = [
+            stack.enter_context(watch.subscribe(keys, SubscriptionKind.LONGPOLL)) for _ in range(60)
+        ]
+        polls = [asyncio.create_task(poll(subscriber)) for subscriber in subscribers]
+        counts = [0]
+        while counts[-1] < len(polls):
+            await asyncio.sleep(0)
+            counts.append(len(ended))
+        assert max(after - before for before, after in pairwise(counts)) <= 5
+        assert ended == subscribers
+        await asyncio.gather(*polls)
+    await watch.aclose()
+
+
+async def test_long_poll_that_ends_in_time_does_not_expire(watch: WatchHub, store: MemoryStore) -> None:
+    """No timer is left of a long poll that has ended."""
+    with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as subscriber:
+        with subscriber.expiring(0.02):
+            store.put(snapshot("1"))
+            assert etags(await received(subscriber)) == ["1"]
+        await asyncio.sleep(0.04)
+        assert not subscriber.ended
+    await watch.aclose()
+
+
+async def test_failures_of_tasks_with_many_subscribers_are_published_in_turn(
+    watch: WatchHub, service: ManualService
+) -> None:
+    """When many calls fail together, each turn of the loop publishes the failure of one such task."""
+    keys = [of(f"task-{number}", "").key for number in range(10)]
+    published: list[TaskKey] = []
+    watch.deliver_directly = lambda update, _: published.append(update.key) or ()
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(watch.subscribe(keys, SubscriptionKind.EVENTS))
+        await turns(lambda: len(service.seen_revisions) == len(keys))
+        for _ in keys:
+            service.answers.put_nowait(UpstreamTimeout("late"))
+        counts = [0]
+        while counts[-1] < len(keys):
+            await asyncio.sleep(0)
+            counts.append(len(published))
+        assert {after - before for before, after in pairwise(counts)} == {0, 1}
+    await watch.aclose()
+
+
+async def test_watch_drops_a_failure_that_a_snapshot_has_outdated(
+    watch: WatchHub, service: ManualService, store: MemoryStore
+) -> None:
+    """A failure that waits for its turn is not published after a snapshot that is newer."""
+    keys = [of(task_id, "").key for task_id in "ab"]
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(watch.subscribe(keys, SubscriptionKind.EVENTS))
+        await turns(lambda: len(service.seen_revisions) == len(keys))
+        published = listen(watch)
+        for _ in keys:
+            service.answers.put_nowait(UpstreamTimeout("late"))
+        await turns(lambda: published == [None])
+        store.put(of("b", "1"))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert published == [None, "1"]
     await watch.aclose()
 
 
