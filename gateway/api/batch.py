@@ -257,7 +257,7 @@ class _Latest:
 
     async def wait_for_change(self, subscriber: Subscriber) -> None:
         """Return when the representation is complete, and has changed or ended. Raises: ClientDisconnect."""
-        while not subscriber.ended and not self._is_over(subscriber):
+        while not subscriber.must_end and not self._is_over(subscriber):
             self._take(await subscriber.next_updates())
             self._stale.update((each.key, each.code) for each in subscriber.take_overdue_notices())
             if subscriber.disconnected:

@@ -157,7 +157,7 @@ class EventsEndpoint:
         if last:
             self._sent["end"].inc()
             parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
-        elif subscriber.ended and not subscriber.woken:
+        elif subscriber.must_end and not subscriber.woken:
             last = True
             retry = random.randint(*_SHUTDOWN_RETRY_MS)  # noqa: S311  # not security-relevant
             parts.append(b": the gateway restarts\nretry: %d\n\n" % retry)

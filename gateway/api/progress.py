@@ -133,7 +133,7 @@ class _Change:
     async def wait(self, subscriber: Subscriber) -> None:
         """Return when there is a change. Raises: ClientDisconnect."""
         awaited = not subscriber.woken
-        while not subscriber.ended:
+        while not subscriber.must_end:
             # No variable has an update while this waits: its body may be large.
             if any(self._ends_wait(update, awaited) for update in await subscriber.next_updates()):
                 return

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.fetching import Fetcher, queued_error_future
+from gateway.progress.fetching import Fetcher, counted_as_queued_future
 from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, FoundSnapshot, LookupFailure
@@ -114,9 +114,7 @@ class ProgressService:
         return result._replace(entry=entry)
 
     def try_reuse(self, entry: CacheEntry, now: float) -> bool:
-        """If an entry that `lookup` has returned may be served again at the time `now`, count a lookup.
-
-        Return whether it may be served.
+        """Tell whether an entry from an earlier `lookup` may be served again at `now`; if so, count a lookup.
 
         The method does not check whether the refresh of a stale snapshot has failed. So the calling code
         must call `lookup` from time to time (`_STALE_REUSE_SECONDS` in `api/cached_responses.py`).
@@ -170,15 +168,12 @@ class ProgressService:
         if isinstance(outcome, FoundSnapshot):
             self._metrics.record_age(outcome.snapshot, outcome.age)
 
-    async def query_if_stale(
-        self, key: TaskKey, *, client: bytes | None = b"", seen_revision: int = 0
-    ) -> FoundSnapshot | LookupFailure:
+    async def query_if_stale(self, key: TaskKey, *, seen_revision: int = 0) -> FoundSnapshot | LookupFailure:
         """Return the snapshot if it is fresh, else wait for an in-flight request. For schedules.
 
         While a failure of the task is cached, no in-flight request is started. The outcome may be a failure,
         or a stale snapshot with the failure (stale-if-error). This method counts no lookup, and waits even
-        for a query that counts as queued or takes too long. `client` is counted as a caller during the wait,
-        as in `get`. Pass None if `add_caller` has already counted the callers, as for a schedule.
+        for a query that counts as queued or takes too long. Count the callers with `add_caller` before.
         """
         entry = self._store.current_entry(key)
         if entry is None and await self._store.read_arrived_messages():
@@ -186,13 +181,13 @@ class ProgressService:
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_not_older_than(seen_revision):
-            return await self._wait(key, client, until_done=True, seen_revision=seen_revision)
+            return await self._wait(key, None, until_done=True, seen_revision=seen_revision)
         return FoundSnapshot(snapshot, age, CacheStatus.HIT)
 
     def peek(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
         """Return the snapshot in the store, but count no lookup and start no refresh.
 
-        `ServeStaleRules.apply` decides how old a stale snapshot may be. It is returned with the failure of
+        `ServeStaleRules.apply` decides how old a stale snapshot may be. The snapshot has the failure of
         `OverdueRules.error`, or else with the cached failure, if there is one.
         """
         entry = self._store.current_entry(key)
@@ -328,15 +323,17 @@ class ProgressService:
             return await asyncio.shield(in_flight)
         if in_flight.done():  # it ended in this iteration of the event loop
             return in_flight.result()
-        queued_error = queued_error_future(state)
+        counted_as_queued = counted_as_queued_future(state)
         elapsed = max(self._clock() - state.began_at, 0.0)  # `began_at` is infinite before it begins
         timeout = max(self.overdue_rules.overdue_after_seconds - elapsed, 0.0)
-        await asyncio.wait((in_flight, queued_error), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            (in_flight, counted_as_queued), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+        )
         if in_flight.done():
             return in_flight.result()
         state.keep_without_callers = True  # the query continues
         slow_error = self.overdue_rules.error_of_slow_query(state)
-        return FetchOutcome(queued_error.result() if queued_error.done() else slow_error)
+        return FetchOutcome(counted_as_queued.result() if counted_as_queued.done() else slow_error)
 
     def _stale_if_error(self, failure: LookupFailure, seen_revision: int) -> FoundSnapshot | LookupFailure:
         outcome = self._serve_stale_rules.replace_failure(failure, seen_revision)

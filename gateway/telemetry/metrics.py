@@ -78,7 +78,8 @@ class Metrics:
         self.cache_lookups = FastCounters(
             "sd_gateway_cache_lookups_total",
             "Number of cache lookups, by result: hit (fresh), stale, miss (started a query), "
-            "collapsed (joined a query in flight), negative (a cached failure, or refused for want of room).",
+            "collapsed (joined a query in flight), negative (a cached failure, or refused because too many "
+            "tasks wait for a first response).",
             ["operation", "result"],
             registry=registry,
         )
@@ -153,7 +154,7 @@ class Metrics:
         )
         self.upstream_retries = Counter(
             "sd_gateway_upstream_retries_total",
-            "Number of repeats of upstream calls, by the problem code of the earlier call. Counted are "
+            "Number of repeats of upstream calls, by the problem code of the earlier call. It counts "
             "retries, repeats with a corrected clock, repeats on a new connection because the response may "
             "be for another task (upstream-invalid), and hedged calls, made while the earlier call has no "
             "response (upstream-timeout). A repeat is counted before it is sent.",

@@ -189,7 +189,7 @@ class UpstreamClient:
                         query.state.runs_to_end = False
                         query.state.repeated = True
                         query.state.failure = failure = copy(exc)
-                    retries += self._count_repeat(key.operation, failure, on_retry)
+                    retries += self._record_repeat(key.operation, failure, on_retry)
                     await asyncio.sleep(delay)
         except TimeoutError:
             raise query.state.make_deadline_error() from None
@@ -198,7 +198,7 @@ class UpstreamClient:
                 self._abandoned[key.operation].inc()
             raise
 
-    def _count_repeat(
+    def _record_repeat(
         self, operation: Operation, failure: UpstreamError, on_retry: Callable[[], None]
     ) -> int:
         """Count a repeat; return the number of retries that it uses: 0 for a repeat on a new connection."""

@@ -54,7 +54,7 @@ class WatchHub:
 
     The attribute `deliver_directly` is called with each update and its recipients. It returns the subscribers
     that must keep the update as unsent: by default, all recipients. `unanswered_tasks` counts the watched
-    tasks without a snapshot, and the new tasks of batches. `clock` is the clock of `Snapshot.fetched_at`.
+    tasks without a snapshot, and the new tasks of waiting requests. `clock` is that of `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class WatchHub:
     def counted_as_unanswered(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
         """While the context is open, count the new tasks as unanswered. Afterwards `subscribe` counts them.
 
-        Do not `await` between the end of this context and `subscribe`. Yield the number of tasks that are not
-        watched or have no response yet, for `take_turn` of the package `api`. Raises: Overloaded.
+        Do not `await` between the end of this context and `subscribe`. Yield another number,
+        for `take_turn`: the tasks that are not watched, or watched without a snapshot. Raises: Overloaded.
         """
         new = sum(map(self.is_new, keys))
         if not self.unanswered_tasks.has_room(client, new):
@@ -139,7 +139,7 @@ class WatchHub:
             load_body=self._publish_and_load_body,
             refetch=self._refetch,
         )
-        subscriber.ended = self._shutting_down
+        subscriber.must_end = self._shutting_down
         if self._shutting_down:
             subscriber.wake()
         self._subscribers.add(subscriber)
@@ -164,7 +164,7 @@ class WatchHub:
         for key in tuple(self._watched):
             self._publish_unpublished(key)
         for subscriber in self._subscribers:
-            subscriber.ended = True
+            subscriber.must_end = True
             subscriber.wake()
 
     async def aclose(self) -> None:
@@ -200,8 +200,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # `published` lacks its body if the body is large. The snapshot of `servable_result` has it, and
-            # is sent if its content equals that of `published`. Otherwise `published` is sent.
+            # If both have the same content, send the snapshot of `servable_result`: it always has its body.
+            # Otherwise send `published`, from which a large body was removed.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])
@@ -224,17 +224,17 @@ class WatchHub:
         if not watched.subscribers:
             del self._watched[key]
             self._overdue_keys.discard(key)
-            self._stop_counting(watched)
+            self._stop_counting_as_unanswered(watched)
             self._refresher.stop(watched)
         elif watched.unanswered_client == subscriber.client:  # count it for another one
-            self._stop_counting(watched)
+            self._stop_counting_as_unanswered(watched)
             self._count_as_unanswered(watched, next(iter(watched.subscribers)).client)
 
     def _count_as_unanswered(self, watched: WatchedTask, client: bytes) -> None:
         watched.unanswered_client = client
         self.unanswered_tasks.add(client)
 
-    def _stop_counting(self, watched: WatchedTask) -> None:
+    def _stop_counting_as_unanswered(self, watched: WatchedTask) -> None:
         if watched.unanswered_client is not None:
             self.unanswered_tasks.remove(watched.unanswered_client)
             watched.unanswered_client = None
@@ -278,7 +278,7 @@ class WatchHub:
             # snapshot, it may report one that is not terminal.
             return
         if update.snapshot is not None:
-            self._stop_counting(watched)
+            self._stop_counting_as_unanswered(watched)
             watched.mark_found()
         recipients = (
             watched.subscribers_awaiting_refresh

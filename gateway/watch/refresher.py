@@ -227,9 +227,7 @@ class Refresher:
         """
         key = watched.key
         try:
-            outcome = await self._service.query_if_stale(
-                key, client=None, seen_revision=watched.seen_revision
-            )
+            outcome = await self._service.query_if_stale(key, seen_revision=watched.seen_revision)
             if isinstance(outcome, LookupFailure):
                 self._publish_unpublished(key)  # it is older than the failure
                 latest = watched.published_update

@@ -118,7 +118,7 @@ class Subscriber:
             no newer snapshot was seen by the client. Otherwise None: a direct write would overtake an older
             update, or could be older than what the client has.
         not_found_keys: Tasks whose queries the upstream has rejected for `watch.unknown_task_seconds`.
-        ended: The gateway shuts down, or the time of the long poll is over: the response must end.
+        must_end: The gateway shuts down, or the time of the long poll is over: the response must end.
         disconnected: The client has closed the connection.
         heartbeat_due: The stream must send a heartbeat.
         woken: `wake` was called since the last `wait`.
@@ -138,9 +138,9 @@ class Subscriber:
         "client",
         "direct_transport",
         "disconnected",
-        "ended",
         "heartbeat_due",
         "keys",
+        "must_end",
         "not_found_keys",
         "seen_revisions",
         "transport_if_idle",
@@ -162,7 +162,7 @@ class Subscriber:
         self._wakes = wakes or PacedCallbacks()
         self.seen_revisions = dict(seen_revisions)
         self.not_found_keys: AbstractSet[TaskKey] = frozenset()
-        self.ended = False
+        self.must_end = False
         self.disconnected = False
         self._load_body = load_body
         self._refetch = refetch
@@ -260,7 +260,7 @@ class Subscriber:
 
     @contextmanager
     def expiring(self, seconds: float) -> Iterator[None]:
-        """Set `ended` after this time, unless the context ends before.
+        """Set `must_end` after this time, unless the context ends before.
 
         Unlike `asyncio.timeout`, this ends only a few of many long polls in one iteration of the event loop.
         """
@@ -271,7 +271,7 @@ class Subscriber:
             timer.cancel()
 
     def _expire(self) -> None:
-        self.ended = True
+        self.must_end = True
         self.wake(tasks=len(self.keys))
 
     def disconnect(self) -> None:

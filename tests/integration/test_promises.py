@@ -447,7 +447,7 @@ class Promises(RuleBasedStateMachine):
             self.loop.settle()
             closing.result()
         assert all(caller.done() for _, caller in self.callers)
-        assert all(viewer.subscriber.ended for viewer in self.viewers)
+        assert all(viewer.subscriber.must_end for viewer in self.viewers)
         late: list[asyncio.Task[Any]] = []
         for key in KEYS:
             late.append(self.loop.create_task(self.service.get(key)))

@@ -130,7 +130,7 @@ class MessageHandler:
             return
         entry.announced_version = max(entry.announced_version, facts.version)
         if revision == snapshot.revision and bool(facts.terminal) is snapshot.terminal:
-            self._snapshots.put_unchanged(snapshot, facts)
+            self._snapshots.put_with_same_body(snapshot, facts)
             return
         if not facts.terminal and overlaps(snapshot, facts.version, revision):
             require_refetch(entry)

@@ -1,4 +1,4 @@
-"""Reads and writes snapshots on the server, and puts each snapshot that it returns into memory."""
+"""Reads and writes snapshots on the server, and puts the server's newer snapshots into memory."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ class SharedSnapshots:
             self._being_written.discard(written)
 
     def is_being_written(self, key: TaskKey, version: int) -> bool:
-        """Tell whether this replica writes the snapshot now. Its message may arrive before the reply."""
+        """Tell whether this replica writes the snapshot now. The message about it may arrive first."""
         return (key, version) in self._being_written
 
     def apply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
-        """Store the snapshot of a reply in memory, unless the one in memory is newer, or may be.
+        """Store the snapshot of a reply in memory, unless the one in memory is newer, or `overlaps` is true.
 
         Return the snapshot that is in memory then; None if there is none. Raises: InvalidStoredValue.
         """
@@ -109,8 +109,8 @@ class SharedSnapshots:
             return entry.snapshot
         return self._memory.put(snapshot, fetched_here=False)
 
-    def put_unchanged(self, snapshot: Snapshot, facts: StoredFacts) -> None:
-        """Store an announced snapshot that has the body of this one, so that it need not be read."""
+    def put_with_same_body(self, snapshot: Snapshot, facts: StoredFacts) -> None:
+        """Store an announced snapshot with the same body as this one, without reading it from the server."""
         announced = replace(
             snapshot,
             fetched_at=self._fetched_at(facts),

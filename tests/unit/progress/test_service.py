@@ -651,7 +651,7 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
     bench.upstream.queues = True
     for client in (b"1", b"2"):
         bench.service.add_caller(KEY, client)
-    ticking = asyncio.create_task(bench.service.query_if_stale(KEY, client=None))
+    ticking = asyncio.create_task(bench.service.query_if_stale(KEY))
     call = await bench.upstream.call()
     assert call.query_state.clients == {b"1": 1, b"2": 1}
     bench.service.remove_caller(KEY, b"1")

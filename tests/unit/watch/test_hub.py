@@ -115,10 +115,7 @@ class ManualService:
     def remove_caller(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] -= 1
 
-    async def query_if_stale(
-        self, key: TaskKey, *, client: bytes | None, seen_revision: int
-    ) -> FoundSnapshot | LookupFailure:
-        assert client is None, "the subscribers have joined already"
+    async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> FoundSnapshot | LookupFailure:
         assert +self.demand
         self.seen_revisions.append(seen_revision)
         self.asked.set()
@@ -321,7 +318,7 @@ async def test_watch_publishes_stored_changes_before_shutdown(watch: WatchHub, s
             store.put(end)
         watch.begin_shutdown()
         assert [update.snapshot for update in await received(subscriber)] == ends
-        assert subscriber.ended
+        assert subscriber.must_end
     await watch.aclose()
 
 
@@ -733,9 +730,9 @@ async def test_watch_shutdown_reaches_new_subscribers(watch: WatchHub) -> None:
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         watch.begin_shutdown()
         assert await received(subscriber) == []
-        assert subscriber.ended
+        assert subscriber.must_end
         with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
-            assert second.ended
+            assert second.must_end
             assert await received(second) == []
     await watch.aclose()
 
@@ -897,7 +894,7 @@ async def test_long_polls_that_expire_together_end_in_turn(watch: WatchHub) -> N
     async def poll(subscriber: Subscriber) -> None:
         with subscriber.expiring(0.05):
             await subscriber.next_updates()
-        assert subscriber.ended
+        assert subscriber.must_end
         ended.append(subscriber)
 
     with ExitStack() as stack:
@@ -922,7 +919,7 @@ async def test_long_poll_that_ends_in_time_does_not_expire(watch: WatchHub, stor
             store.put(snapshot("1"))
             assert etags(await received(subscriber)) == ["1"]
         await asyncio.sleep(0.04)
-        assert not subscriber.ended
+        assert not subscriber.must_end
     await watch.aclose()
 
 
@@ -1020,9 +1017,7 @@ def test_watch_continues_every_schedule_after_a_recovery() -> None:
     refreshed: list[TaskKey] = []
 
     class FailingService(ManualService):
-        async def query_if_stale(
-            self, key: TaskKey, *, client: bytes | None, seen_revision: int
-        ) -> FoundSnapshot | LookupFailure:
+        async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> FoundSnapshot | LookupFailure:
             refreshed.append(key)
             if failing:
                 return LookupFailure(key, UpstreamTimeout("late"), CacheStatus.MISS)
@@ -1062,9 +1057,7 @@ def test_watch_leaves_rejected_tasks_alone_when_another_becomes_known() -> None:
     refreshed: list[TaskKey] = []
 
     class RejectingService(ManualService):
-        async def query_if_stale(
-            self, key: TaskKey, *, client: bytes | None, seen_revision: int
-        ) -> FoundSnapshot | LookupFailure:
+        async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> FoundSnapshot | LookupFailure:
             refreshed.append(key)
             if key == new and is_known:
                 found = replace(snapshot("1"), key=key, fetched_at=loop.time())
@@ -1100,9 +1093,7 @@ def test_watch_checks_a_slow_refresh_although_clients_subscribe_again() -> None:
     loop = TickedLoop()
 
     class SilentService(ManualService):
-        async def query_if_stale(
-            self, key: TaskKey, *, client: bytes | None, seen_revision: int
-        ) -> FoundSnapshot | LookupFailure:
+        async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> FoundSnapshot | LookupFailure:
             return await asyncio.get_running_loop().create_future()
 
     try:
