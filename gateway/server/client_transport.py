@@ -66,6 +66,10 @@ class ClientTransport(asyncio.Protocol):
         if self._writable is not None:
             self._writable.set()
 
+    def request_dropped(self) -> None:
+        """See `ClientConnection.request_dropped`."""
+        self.limits.count_dropped_request()
+
     def pause_writing(self) -> None:
         """Start the stall timeout: the client reads more slowly than the server writes."""
         self.write_paused = True

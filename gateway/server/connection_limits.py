@@ -8,7 +8,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
+from gateway.api.middleware.telemetry import CLIENT_CLOSED_REQUEST
 from gateway.api.operator_endpoints import PROBES
 from gateway.settings.model import Server
 from gateway.telemetry.metrics import Metrics
@@ -38,6 +40,7 @@ class ConnectionLimits:
     probes: frozenset[str] = PROBES
     count_refused_connection: Callable[[], None] = lambda: None
     count_refused_request: Callable[[int], None] = lambda _: None
+    count_dropped_request: Callable[[], None] = lambda: None  # its client has left before it started
     draining: bool = field(default=False, init=False)  # each connection closes after its next response
     open_connections: int = field(default=0, init=False)
     _reserved: dict[object, Callable[[], None]] = field(default_factory=dict, init=False)
@@ -94,6 +97,10 @@ def make_connection_limits(
     settings: Server, metrics: Metrics, *, max_connections: int | None = None
 ) -> ConnectionLimits:
     """Return limits with the values of the settings. `max_connections`, if given, overrides the setting."""
+
+    def count_request(status: int) -> None:
+        metrics.http_requests.labels("other", "other", status).inc()
+
     limits = ConnectionLimits(
         header_seconds=settings.header_seconds,
         keep_alive_seconds=settings.keep_alive_seconds,
@@ -102,7 +109,8 @@ def make_connection_limits(
         max_connections=settings.max_connections if max_connections is None else max_connections,
         probes=PROBES | {settings.root_path + path for path in PROBES},
         count_refused_connection=metrics.http_connections_refused.inc,
-        count_refused_request=lambda status: metrics.http_requests.labels("other", "other", status).inc(),
+        count_refused_request=count_request,
+        count_dropped_request=partial(count_request, CLIENT_CLOSED_REQUEST),
     )
     metrics.http_connections.set_function(lambda: limits.open_connections)
     metrics.http_connections_limit.set(limits.max_connections)

@@ -67,6 +67,9 @@ class ClientConnection(Protocol):
     def response_started(self) -> None:
         """Decide about keep-alive; called before the head of the response is rendered."""
 
+    def request_dropped(self) -> None:
+        """Count a request that does not start, because its client has left."""
+
     def response_complete(self, *, failed: bool) -> None:
         """Continue with the next request, or close. `failed`: the response is incomplete."""
 
@@ -202,7 +205,9 @@ class Exchange:
 
     async def run(self, app: ASGIApp) -> None:
         """Run the application; an unfinished response closes the connection."""
-        if not self.disconnected:  # else the application would register its callback after the disconnect
+        if self.disconnected:  # the application would register its callback too late
+            self._connection.request_dropped()
+        else:
             await self._call(app)
 
     async def _call(self, app: ASGIApp) -> None:

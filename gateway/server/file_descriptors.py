@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,17 +31,21 @@ class OpenFileLimit(NamedTuple):
         `outgoing`: number of connections to the upstream. For these and all other descriptors, at most half
         of the limit is reserved.
         """
-        if self.now == resource.RLIM_INFINITY:
-            return wanted
         return min(wanted, max(self.now - min(outgoing + _OTHER_DESCRIPTORS, self.now // 2), 1))
 
 
 def raise_limit() -> OpenFileLimit:
     """Raise the soft limit of open files to the hard limit, as far as the system allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before, hard = soft_limit(), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(OSError, ValueError):  # macOS reports a hard limit that it does not accept
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return OpenFileLimit(soft, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    return OpenFileLimit(before, soft_limit())
+
+
+def soft_limit() -> int:
+    """Return how many files the process may open."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 class DescriptorCheck:

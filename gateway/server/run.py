@@ -34,6 +34,7 @@ from gateway.settings.model import Settings
 INTERRUPTED = signals.INTERRUPTED
 _BACKLOG = 8192
 _ACCEPTS_PER_ITERATION = 16
+_DESCRIPTORS_PER_HANDLE = 64  # fewer handles if the process may open less than a thousand files
 _CANCEL_SECONDS = 0.5  # for the responses of cancelled requests
 
 log = structlog.get_logger(__name__)
@@ -297,7 +298,8 @@ def handles_of(listener: socket.socket) -> list[socket.socket]:
     once, each with a batch of 100 unknown tasks: a new connection of another client waits up to 5.5 s with
     one handle, 1.6 s with 8, and 1.2 s with 16.
     """
-    return [listener, *(listener.dup() for _ in range(_ACCEPTS_PER_ITERATION - 1))]
+    handles = min(_ACCEPTS_PER_ITERATION, descriptors.soft_limit() // _DESCRIPTORS_PER_HANDLE)
+    return [listener, *(listener.dup() for _ in range(handles - 1))]
 
 
 def listen(host: str, port: int, *, backlog: int) -> socket.socket:

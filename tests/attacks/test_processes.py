@@ -293,6 +293,6 @@ def test_processes_start_no_queries_for_clients_that_have_left(
         process.signal(signal.SIGCONT)
         until(lambda: gate.metric("http_connections") == 1, "all have left")
         assert simulator.calls() == 0
-        route = path.partition("?")[0] + ("?wait" if "wait" in path else "")
-        assert gate.metric("http_requests_total", route=route, status="499") == 20
+        # Some leave before their request has started; its route is then "other".
+        assert gate.metric("http_requests_total", status="499") == 20
         assert gate.metric("http_requests_total", status="500") == 0

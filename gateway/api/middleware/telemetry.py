@@ -26,7 +26,7 @@ from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that disconnects before its response
+CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that disconnects before its response
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +63,7 @@ class RequestTelemetry:
         try:
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
-            status = status or _CLIENT_CLOSED_REQUEST
+            status = status or CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
             # Cancelled by our server at the end of the shutdown grace period: the client can retry elsewhere.
             if not status:
