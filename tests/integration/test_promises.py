@@ -497,7 +497,11 @@ class Promises(RuleBasedStateMachine):
         self.loop.within(viewer.leave.close)
 
     async def _ask(self, key: TaskKey, how: str) -> None:
-        outcome = await getattr(self.service, how)(key)
+        self.service.add_caller(key, b"schedule")  # as the hub does for its subscribers
+        try:
+            outcome = await getattr(self.service, how)(key)
+        finally:
+            self.service.remove_caller(key, b"schedule")
         if isinstance(outcome, LookupFailure):
             self._judge_failure(key, outcome.failure)
         else:
