@@ -167,11 +167,15 @@ def test_processes_raise_their_limit_of_descriptors(simulator: Simulator, tmp_pa
 
 
 @needs("prlimit")
-def test_processes_out_of_descriptors_answer_probes(simulator: Simulator, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("descriptors", "clients"), [(96, 200), (512, 600)])
+def test_processes_out_of_descriptors_answer_probes(
+    simulator: Simulator, tmp_path: Path, descriptors: int, clients: int
+) -> None:
     """With all descriptors in use, /healthz is answered, the error is logged, and the gateway recovers."""
-    with serving(tmp_path, simulator.url, descriptors="96:96") as (process, gate), ExitStack() as stack:
+    limit = f"{descriptors}:{descriptors}"
+    with serving(tmp_path, simulator.url, descriptors=limit) as (process, gate), ExitStack() as stack:
         gate.client.close()
-        for _ in range(200):
+        for _ in range(clients):
             stack.enter_context(Line(gate))
         for _ in range(5):
             with Line(gate) as probe:
