@@ -20,8 +20,8 @@ from gateway.telemetry.tracing import Tracing
 from tests.support.harness import Gateway, Json, Simulator, Stage, gateway, plain_client, running
 from tests.support.measuring import measured_threads, unmeasured
 
-# Folders by the duration of a test, from the longest to the shortest, so that the processes end together.
-FOLDERS = ("ingress", "browser", "replicas", "docs", "integration", "attacks", "deploy", "unit")
+# Folders by the duration of their longest tests, so that the processes end together.
+FOLDERS = ("deploy", "ingress", "browser", "replicas", "docs", "integration", "attacks", "unit")
 # Coverage slows these tests down by half. They run the same code as the tests of the other folders.
 UNMEASURED = {"ingress", "browser", "replicas", "docs", "attacks", "deploy"}
 # Most cases of a test run the same code, so only this many are measured.
