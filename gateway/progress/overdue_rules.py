@@ -20,7 +20,7 @@ from gateway.stores.base import Store
 from gateway.upstream.task_query_state import TaskQueryState
 
 # Subscribers learn of an outage within one lifetime + 2 s. The rest of the 2 s is for the delay of the
-# refresh (`refresher.py`) and for a busy event loop.
+# refresh (`schedules.py`) and for a busy event loop.
 MIN_OVERDUE_AFTER_SECONDS = 1.5
 _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 

@@ -1,6 +1,6 @@
 """The watch hub: schedules the queries for watched tasks, and publishes changes to their subscribers.
 
-    first subscriber -> start the schedule of the task (`refresher.py`), which queries it repeatedly
+    first subscriber -> start the schedule of the task (`schedules.py`), which queries it repeatedly
     the store reports a new snapshot, fetched for any caller or by any replica -> publish it soon
         -> write it directly to the streams that have no unsent data
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
@@ -39,7 +39,7 @@ from gateway.progress.unanswered_tasks import UnansweredTasks, too_many_tasks
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import Store
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.refresher import Refresher
+from gateway.watch.schedules import Schedules
 from gateway.watch.subscriber import OverdueNotice, Subscriber, SubscriptionKind, Update
 from gateway.watch.watched_task import WatchedTask
 
@@ -74,7 +74,7 @@ class WatchHub:
         self._watched: dict[TaskKey, WatchedTask] = {}
         self._subscribers: set[Subscriber] = set()
         self._overdue_keys: set[TaskKey] = set()
-        self._refresher = Refresher(
+        self._schedules = Schedules(
             service,
             publish_unpublished=self._publish_unpublished,
             publish=self._publish,
@@ -170,8 +170,8 @@ class WatchHub:
     async def aclose(self) -> None:
         """End every schedule, and wait until all have ended."""
         for watched in self._watched.values():
-            self._refresher.stop(watched)
-        await self._refresher.wait_stopped()
+            self._schedules.stop(watched)
+        await self._schedules.wait_stopped()
 
     def _start_watching(self, key: TaskKey, client: bytes) -> WatchedTask:
         watched = self._watched[key] = WatchedTask(key)
@@ -182,7 +182,7 @@ class WatchHub:
         if result is not None:
             watched.published_update = Update(key, result.snapshot).without_large_body()
             self._set_overdue_error(watched, self._service.overdue_rules.error(key))
-        self._refresher.start(watched)
+        self._schedules.start(watched)
         return watched
 
     def _add_to_task(self, key: TaskKey, subscriber: Subscriber) -> None:
@@ -212,7 +212,7 @@ class WatchHub:
         # - The client has received a newer snapshot.
         # One refresh serves all subscribers that join before the refresh ends.
         watched.subscribers_awaiting_refresh.add(subscriber)
-        self._refresher.restart(watched)
+        self._schedules.restart(watched)
 
     def _remove_from_task(self, key: TaskKey, subscriber: Subscriber) -> None:
         watched = self._watched.get(key)
@@ -225,7 +225,7 @@ class WatchHub:
             del self._watched[key]
             self._overdue_keys.discard(key)
             self._stop_counting_as_unanswered(watched)
-            self._refresher.stop(watched)
+            self._schedules.stop(watched)
         elif watched.unanswered_client == subscriber.client:  # count it for another one
             self._stop_counting_as_unanswered(watched)
             self._count_as_unanswered(watched, next(iter(watched.subscribers)).client)
@@ -269,7 +269,7 @@ class WatchHub:
         self._publish(Update(key, snapshot))
         self._set_overdue_error(watched, None)
         if watched.backing_off:
-            self._refresher.restart(watched)  # the upstream responds again, to this or another replica
+            self._schedules.restart(watched)  # the upstream responds again, to this or another replica
 
     def _publish(self, update: Update) -> None:
         watched = self._watched.get(update.key)
@@ -346,4 +346,4 @@ class WatchHub:
             return
         watched.subscribers_awaiting_refresh.add(subscriber)
         if not watched.refreshing and not watched.backing_off:
-            self._refresher.restart(watched)
+            self._schedules.restart(watched)

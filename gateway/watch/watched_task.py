@@ -1,4 +1,4 @@
-"""The state of a watched task, which the hub (`hub.py`) and the refresher (`refresher.py`) share."""
+"""The state of a watched task, which the hub (`hub.py`) and the schedules (`schedules.py`) share."""
 
 from __future__ import annotations
 

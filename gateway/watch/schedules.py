@@ -1,4 +1,4 @@
-"""The refresher: keeps the snapshot of each watched task fresh, by one schedule per task.
+"""The schedules: each keeps the snapshot of one watched task fresh.
 
     refresh -> terminal snapshot: end
             -> other snapshot: sleep until it expires -> refresh
@@ -63,15 +63,13 @@ class _BackOff(NamedTuple):
     not_before: float
 
 
-class Refresher:
-    """Runs the schedules: refreshes each task through the service, and publishes the results.
+class Schedules:
+    """Runs the schedules: queries each watched task through the service, and publishes the results.
 
     `publish_unpublished` publishes the task's unpublished snapshot, if there is one. `publish` publishes an
-    update.
-    `set_overdue_error` is called after each refresh that returns a snapshot, with the error because of which
-    the update is overdue, or None. `report_overdue` is called with the reason while a refresh takes too
-    long.
-    `clock` is the clock of `Snapshot.fetched_at`.
+    update. `set_overdue_error` is called after each refresh that returns a snapshot, with the error because
+    of which the update is overdue, or None. `report_overdue` is called with the reason while a refresh takes
+    too long. `clock` is that of `Snapshot.fetched_at`.
     """
 
     def __init__(
