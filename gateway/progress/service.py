@@ -187,8 +187,8 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
         """Return the snapshot in the store, but count no lookup and start no refresh.
 
-        `ServeStaleRules.apply` decides how old a stale snapshot may be. The snapshot has the failure of
-        `OverdueRules.error`, or else with the cached failure, if there is one.
+        `ServeStaleRules.apply` decides how old a stale snapshot may be. It is returned with the
+        failure from `OverdueRules.error`, or else with the cached failure, if there is one.
         """
         entry = self._store.current_entry(key)
         if entry is None:

@@ -6,8 +6,8 @@
 
 If replicas share a rate limit, a query also needs a shared permit (`shared_permits.py`). A permit is used for
 one call, and for the repeats of this call with a corrected clock or another key pair. Every other call needs
-a permit of its own. The limiter is a token bucket. `AdaptiveLimit` sets its rate from the settings and from
-throttling responses. A timer runs until the next token is available, and then serves the queue. Use the
+a permit of its own. The limiter is a token bucket. `AdaptiveRateLimit` sets its rate from the settings and
+from throttling responses. A timer runs until the next token is available, and then serves the queue. Use the
 limiter on the event loop's thread only.
 """
 
@@ -22,7 +22,7 @@ from typing import Protocol, Self
 import structlog
 
 from gateway.domain.errors import RateLimited, UpstreamRejected, UpstreamThrottled
-from gateway.upstream.adaptive_limit import AdaptiveLimit
+from gateway.upstream.adaptive_rate_limit import AdaptiveRateLimit
 from gateway.upstream.query_queue import QueryQueue, QueuedQuery
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 from gateway.upstream.task_query_state import TaskQueryState
@@ -104,9 +104,9 @@ class RateLimiter:
         call_later: Callable[[float, Callable[[], None]], Timer] | None = None,
         take_permits: TakePermits | None = None,
     ) -> None:
-        self._limit = AdaptiveLimit(requests_per_second or math.inf)
+        self._limit = AdaptiveRateLimit(requests_per_second or math.inf)
         self._clock = clock
-        self._next_report_at = 0.0  # when a reply of the store may lead to the next report of waits
+        self._next_report_at = 0.0  # earlier replies of the store cause no report of the expected waits
         self._call_later = call_later
         self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
@@ -158,7 +158,7 @@ class RateLimiter:
             on_expected_wait: Called with the expected wait in seconds, at two kinds of moments:
                 - when the query is put into the queue, if the wait is at least `MIN_REPORTED_WAIT_SECONDS`
                 - while the query is in the queue, whenever the limit falls or a pause begins, and after
-                  requests for shared permits, at most every 0.2 s; the expected wait may be 0
+                  replies about shared permits, at most every 0.2 s; the expected wait may be 0
             query_state: The clients that wait for the response. None: the gateway itself needs the response.
                 A first query is put into the queue of one of the clients. More clients may join later.
 

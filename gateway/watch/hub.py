@@ -99,8 +99,8 @@ class WatchHub:
     def counted_as_unanswered(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
         """While the context is open, count the new tasks as unanswered. Afterwards `subscribe` counts them.
 
-        Do not `await` between the end of this context and `subscribe`. Yield another number,
-        for `take_turn`: the tasks that are not watched, or watched without a snapshot. Raises: Overloaded.
+        Do not `await` between the end of this context and `subscribe`. Yield the number of
+        tasks that are not watched, or watched without a snapshot, for `take_turn`. Raises: Overloaded.
         """
         new = sum(map(self.is_new, keys))
         if not self.unanswered_tasks.has_room(client, new):
@@ -200,8 +200,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # If both have the same content, send the snapshot of `servable_result`: it always has its body.
-            # Otherwise send `published`, from which a large body was removed.
+            # If `servable_result` has the same content as `published`, send its snapshot, which always has
+            # its body. Otherwise send `published`, from which a large body was removed.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])
@@ -305,7 +305,7 @@ class WatchHub:
         self._put_overdue_notice(watched, watched.subscribers - watched.subscribers_awaiting_refresh)
 
     def _report_overdue(self, watched: WatchedTask, failure: GatewayError) -> None:
-        """Record that a refresh takes too long. Subscribers that await it receive the stale snapshot now."""
+        """Record that a refresh takes too long. Subscribers that await it may receive the stale snapshot."""
         published = watched.published_update
         if published is None or watched.subscribers_awaiting_refresh:
             result = self._service.peek(watched.key)

@@ -25,9 +25,9 @@ from gateway.stores.valkey.diagnosis import explain
 from gateway.stores.valkey.failure_reasons import ERRORS, reason_of
 from gateway.stores.valkey.metric_labels import OperationLabel
 from gateway.stores.valkey.scripts import PROBE, Script
+from gateway.stores.valkey.server_check import verify
 from gateway.stores.valkey.servers import StoreServers, connect
 from gateway.stores.valkey.subscription import Subscription
-from gateway.stores.valkey.verification import verify
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from gateway.settings.store_section import Store
 from gateway.stores.valkey.diagnosis import explain
 from gateway.stores.valkey.scripts import PROBE
+from gateway.stores.valkey.server_check import server_version, verify
 from gateway.stores.valkey.servers import StoreServers, connect
-from gateway.stores.valkey.verification import server_version, verify
 from gateway.telemetry.redaction import Redactor
 
 _SECONDS = 5.0  # for all steps

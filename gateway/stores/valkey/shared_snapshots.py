@@ -80,7 +80,7 @@ class SharedSnapshots:
         return (key, version) in self._being_written
 
     def apply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
-        """Store the snapshot of a reply in memory, unless the one in memory is newer, or `overlaps` is true.
+        """Store the snapshot of a reply in memory, unless the one in memory supersedes or `overlaps` it.
 
         Return the snapshot that is in memory then; None if there is none. Raises: InvalidStoredValue.
         """
@@ -133,7 +133,7 @@ class SharedSnapshots:
 
 
 def supersedes(facts: StoredFacts, snapshot: Snapshot) -> bool:
-    """Tell whether a stored snapshot supersedes one in memory: it is newer, or only it is terminal."""
+    """Tell whether a stored snapshot supersedes one in memory: only it is terminal, or else it is newer."""
     if bool(facts.terminal) is not snapshot.terminal:
         return bool(facts.terminal)
     return facts.version > snapshot.version

@@ -21,7 +21,7 @@ from gateway.stores.valkey.failure_reasons import (
     missing_rules,
     reason_of,
 )
-from gateway.stores.valkey.verification import too_old
+from gateway.stores.valkey.server_check import too_old
 
 # As Redis 6.2 and 7.0 and Valkey 9.1 write them; in scripts without the code NOPERM.
 REFUSALS = [

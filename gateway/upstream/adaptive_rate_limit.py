@@ -35,7 +35,7 @@ _MAX_PAUSE_SECONDS = 5.0
 _REMOVE_AFTER_SECONDS = 60.0  # time without throttling after which the learned limit can be removed
 
 
-class AdaptiveLimit:
+class AdaptiveRateLimit:
     """The upstream's limit, as far as it is known.
 
     `max_per_second` is the configured limit in calls per second, or `inf`.
