@@ -99,8 +99,8 @@ class WatchHub:
     def counted_as_unanswered(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
         """While the context is open, count the new tasks as unanswered. Afterwards `subscribe` counts them.
 
-        Do not `await` between the end of this context and `subscribe`. Yield the number of
-        tasks that are not watched, or watched without a snapshot, for `take_turn`. Raises: Overloaded.
+        Do not `await` between the end of this context and `subscribe`. Yield the number
+        of tasks without a published snapshot, the amount of work for `take_turn`. Raises: Overloaded.
         """
         new = sum(map(self.is_new, keys))
         if not self.unanswered_tasks.has_room(client, new):
@@ -200,8 +200,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # If `servable_result` has the same content as `published`, send its snapshot, which always has
-            # its body. Otherwise send `published`, from which a large body was removed.
+            # If the content is the same, prefer the snapshot of `servable_result`, because it has its body.
+            # If `published` has none, the subscriber loads the body before it sends the update.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])
@@ -226,18 +226,18 @@ class WatchHub:
             self._overdue_keys.discard(key)
             self._stop_counting_as_unanswered(watched)
             self._schedules.stop(watched)
-        elif watched.unanswered_client == subscriber.client:  # count it for another one
+        elif watched.counted_for_client == subscriber.client:  # count it for another one
             self._stop_counting_as_unanswered(watched)
             self._count_as_unanswered(watched, next(iter(watched.subscribers)).client)
 
     def _count_as_unanswered(self, watched: WatchedTask, client: bytes) -> None:
-        watched.unanswered_client = client
+        watched.counted_for_client = client
         self.unanswered_tasks.add(client)
 
     def _stop_counting_as_unanswered(self, watched: WatchedTask) -> None:
-        if watched.unanswered_client is not None:
-            self.unanswered_tasks.remove(watched.unanswered_client)
-            watched.unanswered_client = None
+        if watched.counted_for_client is not None:
+            self.unanswered_tasks.remove(watched.counted_for_client)
+            watched.counted_for_client = None
 
     def _add_unpublished(self, snapshot: Snapshot) -> None:
         watched = self._watched.get(snapshot.key)

@@ -27,7 +27,12 @@ from gateway.stores.valkey.messages import (
     ThrottlingMessage,
     parse_message,
 )
-from gateway.stores.valkey.shared_snapshots import SharedSnapshots, overlaps, require_refetch, supersedes
+from gateway.stores.valkey.shared_snapshots import (
+    SharedSnapshots,
+    queries_may_overlap,
+    require_refetch,
+    supersedes,
+)
 from gateway.stores.valkey.waiters import Waiters
 
 _MAX_TO_RESTORE = 10_000  # tasks; further ones are not stored when the server is available again
@@ -132,7 +137,7 @@ class MessageHandler:
         if revision == snapshot.revision and bool(facts.terminal) is snapshot.terminal:
             self._snapshots.put_with_same_body(snapshot, facts)
             return
-        if not facts.terminal and overlaps(snapshot, facts.version, revision):
+        if not facts.terminal and queries_may_overlap(snapshot, facts.version, revision):
             require_refetch(entry)
             return
         if key in self._waiters or not (entry.reads or watched):

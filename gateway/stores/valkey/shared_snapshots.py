@@ -80,7 +80,7 @@ class SharedSnapshots:
         return (key, version) in self._being_written
 
     def apply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
-        """Store the snapshot of a reply in memory, unless the one in memory supersedes or `overlaps` it.
+        """Store the snapshot of a reply in memory, unless it is not newer, or may not be.
 
         Return the snapshot that is in memory then; None if there is none. Raises: InvalidStoredValue.
         """
@@ -103,7 +103,7 @@ class SharedSnapshots:
         if (
             entry is not None
             and not snapshot.terminal
-            and overlaps(entry.snapshot, snapshot.version, snapshot.revision)
+            and queries_may_overlap(entry.snapshot, snapshot.version, snapshot.revision)
         ):
             require_refetch(entry)
             return entry.snapshot
@@ -133,13 +133,16 @@ class SharedSnapshots:
 
 
 def supersedes(facts: StoredFacts, snapshot: Snapshot) -> bool:
-    """Tell whether a stored snapshot supersedes one in memory: only it is terminal, or else it is newer."""
+    """Tell whether a stored snapshot supersedes one in memory.
+
+    If only one of the two is terminal, that one supersedes the other. Otherwise the newer one does.
+    """
     if bool(facts.terminal) is not snapshot.terminal:
         return bool(facts.terminal)
     return facts.version > snapshot.version
 
 
-def overlaps(known: Snapshot, version: int, revision: int) -> bool:
+def queries_may_overlap(known: Snapshot, version: int, revision: int) -> bool:
     """Tell whether the query for a known snapshot may have overlapped with the one for another snapshot.
 
     A lease prevents that, unless the server has lost it or cannot be reached. If it has happened, it is

@@ -36,7 +36,7 @@ from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
 from gateway.stores.valkey.message_handler import MessageHandler
 from gateway.stores.valkey.operations import StoreOperations
-from gateway.stores.valkey.shared_snapshots import SharedSnapshots, overlaps, require_refetch
+from gateway.stores.valkey.shared_snapshots import SharedSnapshots, queries_may_overlap, require_refetch
 from gateway.stores.valkey.waiters import Waiters
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
@@ -318,7 +318,7 @@ class ValkeyStore(MemoryStore):
             entry is not None
             and not entry.fetched_here  # this replica's own queries do not overlap
             and not snapshot.terminal
-            and overlaps(entry.snapshot, snapshot.version, snapshot.revision)
+            and queries_may_overlap(entry.snapshot, snapshot.version, snapshot.revision)
         ):
             require_refetch(entry)
             return None
