@@ -51,6 +51,7 @@ _BACKOFF_SECONDS = 1.0  # after the first failure; doubled after each further on
 _MAX_BACKOFF_SECONDS = 30.0  # also bounds the upstream's Retry-After: streams must notice its recovery
 _PROBE_SECONDS = 1.0  # between two refreshes of schedules that back off
 _PER_ITERATION = 20  # schedules that continue in one iteration of the event loop after a recovery
+_SUBSCRIBERS_OF_WEIGHT = 8  # to send them a failure weighs as much as another failure
 _INTERNAL_ERROR = GatewayError("internal error; see the log of the gateway")
 
 log = structlog.get_logger(__name__)
@@ -228,13 +229,9 @@ class Schedules:
             outcome = await self._service.query_if_stale(key, seen_revision=watched.seen_revision)
             if isinstance(outcome, LookupFailure):
                 self._publish_unpublished(key)  # it is older than the failure
-                latest = watched.published_update
-                # If many calls fail together, their tasks with many subscribers take turns.
-                await self._turns.turn(tasks=len(watched.subscribers), client=b"")
-                if watched.published_update is latest and watched.unpublished_snapshot is None:
-                    self._publish(Update(key, failure=outcome.failure))
                 if isinstance(outcome.failure, UpstreamRejected):
                     self._note_rejection(watched)
+                self._publish_in_turn(watched, outcome.failure)
                 return None, outcome.failure
             if outcome.snapshot is not watched.unpublished_snapshot:  # else the hub publishes it soon
                 self._publish_unpublished(key)
@@ -249,6 +246,19 @@ class Schedules:
                 self._publish(Update(key, failure=_INTERNAL_ERROR))
             return None, _INTERNAL_ERROR
         return outcome.snapshot, outcome.failure
+
+    def _publish_in_turn(self, watched: WatchedTask, failure: GatewayError) -> None:
+        """Publish a failure. If many tasks fail together, they take turns, unless a snapshot comes first."""
+        latest = watched.published_update
+
+        def publish() -> None:
+            superseded = watched.published_update is not latest or watched.unpublished_snapshot is not None
+            if watched.subscribers and not superseded:
+                self._publish(Update(watched.key, failure=failure))
+                watched.notify_not_found()
+
+        weight = 1 + len(watched.subscribers) // _SUBSCRIBERS_OF_WEIGHT
+        self._turns.add(asyncio.get_running_loop(), publish, weight=weight, client=b"")
 
     def _begin_refresh(self, watched: WatchedTask) -> None:
         watched.refreshing = True
@@ -288,7 +298,7 @@ class Schedules:
         if watched.rejected_since is None:
             watched.rejected_since = now
         if now - watched.rejected_since >= self._unknown_task_seconds:
-            watched.mark_not_found()
+            watched.not_found = True  # the subscribers are notified when the rejection is published
 
 
 def _wake(back_off: _BackOff) -> None:

@@ -70,8 +70,8 @@ class WatchedTask:
             for subscriber in self.subscribers:
                 subscriber.set_not_found(self.key, not_found=False)
 
-    def mark_not_found(self) -> None:
-        """Record that the upstream has rejected the task for too long, and notify its subscribers."""
-        self.not_found = True
-        for subscriber in self.subscribers:
-            subscriber.set_not_found(self.key, not_found=True)
+    def notify_not_found(self) -> None:
+        """If the task counts as not found, notify its subscribers."""
+        if self.not_found:
+            for subscriber in self.subscribers:
+                subscriber.set_not_found(self.key, not_found=True)
