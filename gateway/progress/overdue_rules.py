@@ -29,7 +29,7 @@ class OverdueRules:
     """Knows why stale snapshots are not replaced.
 
     `query_state_of` returns the state of the query in flight for a task, or None. `clock` is the clock of
-    `Snapshot.fetched_at` and of `TaskQueryState.began_at`.
+    `Snapshot.fetched_at` and of `TaskQueryState.in_flight_since`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class OverdueRules:
     def seconds_until_check(self, key: TaskKey) -> float:
         """Return in how many seconds to call `error` again, if it has just returned None."""
         state = self._query_state_of(key)
-        elapsed = 0.0 if state is None else max(self._clock() - state.began_at, 0.0)
+        elapsed = 0.0 if state is None else max(self._clock() - state.in_flight_since, 0.0)
         left = self.overdue_after_seconds - elapsed
         return left if left > 0 else self.overdue_after_seconds
 
@@ -91,6 +91,6 @@ class OverdueRules:
 
     def _failure_of_slow_query(self, key: TaskKey) -> GatewayError | None:
         state = self._query_state_of(key)
-        if state is None or self._clock() - state.began_at < self.overdue_after_seconds:
+        if state is None or self._clock() - state.in_flight_since < self.overdue_after_seconds:
             return None
         return self.error_of_slow_query(state)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.fetching import Fetcher, counted_as_queued_future
+from gateway.progress.fetching import Fetcher, queued_notice_of
 from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, FoundSnapshot, LookupFailure
@@ -231,7 +231,7 @@ class ProgressService:
     async def _fetch(
         self, key: TaskKey, state: TaskQueryState, requirement: Requirement | None
     ) -> FetchOutcome:
-        state.began_at = self._clock()
+        state.in_flight_since = self._clock()
         fetch_outcome = await self._fetcher.fetch(key, state, requirement)
         if isinstance(fetch_outcome.snapshot_or_error, GatewayError):
             self.overdue_rules.record_failure(key, fetch_outcome.snapshot_or_error)
@@ -323,17 +323,17 @@ class ProgressService:
             return await asyncio.shield(in_flight)
         if in_flight.done():  # it ended in this iteration of the event loop
             return in_flight.result()
-        counted_as_queued = counted_as_queued_future(state)
-        elapsed = max(self._clock() - state.began_at, 0.0)  # `began_at` is infinite before it begins
+        queued_notice = queued_notice_of(state)
+        elapsed = max(
+            self._clock() - state.in_flight_since, 0.0
+        )  # `in_flight_since` is infinite before it begins
         timeout = max(self.overdue_rules.overdue_after_seconds - elapsed, 0.0)
-        await asyncio.wait(
-            (in_flight, counted_as_queued), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-        )
+        await asyncio.wait((in_flight, queued_notice), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if in_flight.done():
             return in_flight.result()
         state.keep_without_callers = True  # the query continues
         slow_error = self.overdue_rules.error_of_slow_query(state)
-        return FetchOutcome(counted_as_queued.result() if counted_as_queued.done() else slow_error)
+        return FetchOutcome(queued_notice.result() if queued_notice.done() else slow_error)
 
     def _stale_if_error(self, failure: LookupFailure, seen_revision: int) -> FoundSnapshot | LookupFailure:
         outcome = self._serve_stale_rules.replace_failure(failure, seen_revision)

@@ -155,9 +155,9 @@ class Metrics:
         self.upstream_retries = Counter(
             "sd_gateway_upstream_retries_total",
             "Number of repeats of upstream calls, by the problem code of the earlier call. It counts "
-            "retries, repeats with a corrected clock, repeats on a new connection because the response may "
-            "be for another task (upstream-invalid), and hedged calls, made while the earlier call has no "
-            "response (upstream-timeout). A repeat is counted before it is sent.",
+            "retries; repeats with a corrected clock; repeats on a new connection, because the response may "
+            "be for another task (reason upstream-invalid); and hedged calls, because the earlier call has "
+            "no response yet (reason upstream-timeout). A repeat is counted before it is sent.",
             ["operation", "reason"],
             registry=registry,
         )

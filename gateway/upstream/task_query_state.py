@@ -48,9 +48,9 @@ class TaskQueryState:
         dropped: The query was cancelled by `on_unwanted`.
         queue_entry: The query's entry in the queue for a permit or for a concurrency slot; None while it is
             in neither.
-        counted_as_queued: A future that receives an error when the query counts as queued. Callers that
+        queued_notice: A future that receives an error when the query counts as queued. Callers that
             can serve a stale snapshot then stop waiting.
-        began_at: When the in-flight request began, on the clock of the progress service.
+        in_flight_since: When the in-flight request began, on the clock of the progress service.
         failure: The failure of the latest call of the query, which is retried; None without one.
         seconds_before_call: Time from the beginning of the query to its latest call, with all waits and
             earlier calls.
@@ -60,16 +60,16 @@ class TaskQueryState:
     """
 
     __slots__ = (
-        "began_at",
         "clients",
-        "counted_as_queued",
         "dropped",
         "failure",
         "in_flight",
+        "in_flight_since",
         "keep_without_callers",
         "make_deadline_error",
         "on_unwanted",
         "queue_entry",
+        "queued_notice",
         "repeated",
         "runs_to_end",
         "seconds_before_call",
@@ -95,8 +95,8 @@ class TaskQueryState:
         self.runs_to_end = False
         self.dropped = False
         self.queue_entry: QueueEntry | None = None
-        self.counted_as_queued: asyncio.Future[GatewayError] | None = None
-        self.began_at = math.inf
+        self.queued_notice: asyncio.Future[GatewayError] | None = None
+        self.in_flight_since = math.inf
         self.failure: GatewayError | None = None
         self.seconds_before_call = 0.0
         self.repeated = False

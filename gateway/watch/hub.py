@@ -99,8 +99,8 @@ class WatchHub:
     def counted_as_unanswered(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
         """While the context is open, count the new tasks as unanswered. Afterwards `subscribe` counts them.
 
-        Do not `await` between the end of this context and `subscribe`. Yield the number
-        of tasks without a published snapshot, the amount of work for `take_turn`. Raises: Overloaded.
+        Do not `await` between the end of this context and `subscribe`. Yield how many
+        are not watched yet or wait for their first snapshot, for `take_turn`. Raises: Overloaded.
         """
         new = sum(map(self.is_new, keys))
         if not self.unanswered_tasks.has_room(client, new):
@@ -200,8 +200,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # If the content is the same, prefer the snapshot of `servable_result`, because it has its body.
-            # If `published` has none, the subscriber loads the body before it sends the update.
+            # If `servable_result` has the content of `published`, send it, because it has its body. If
+            # `published` has no body, the subscriber loads the body before it sends the update.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])
@@ -212,7 +212,7 @@ class WatchHub:
         # - The client has received a newer snapshot.
         # One refresh serves all subscribers that join before the refresh ends.
         watched.subscribers_awaiting_refresh.add(subscriber)
-        self._schedules.restart(watched)
+        self._schedules.refresh_now(watched)
 
     def _remove_from_task(self, key: TaskKey, subscriber: Subscriber) -> None:
         watched = self._watched.get(key)
@@ -269,7 +269,7 @@ class WatchHub:
         self._publish(Update(key, snapshot))
         self._set_overdue_error(watched, None)
         if watched.backing_off:
-            self._schedules.restart(watched)  # the upstream responds again, to this or another replica
+            self._schedules.refresh_now(watched)  # the upstream responds again, to this or another replica
 
     def _publish(self, update: Update) -> None:
         watched = self._watched.get(update.key)
@@ -346,4 +346,4 @@ class WatchHub:
             return
         watched.subscribers_awaiting_refresh.add(subscriber)
         if not watched.refreshing and not watched.backing_off:
-            self._schedules.restart(watched)
+            self._schedules.refresh_now(watched)

@@ -103,7 +103,7 @@ class Schedules:
         """Start the runner: refresh the task now, and then whenever its snapshot expires."""
         watched.runner = asyncio.create_task(self._run(watched))
 
-    def restart(self, watched: WatchedTask) -> None:
+    def refresh_now(self, watched: WatchedTask) -> None:
         """Refresh the task now, without waiting for the end of the current pause."""
         # The timer is kept. Otherwise clients that subscribe again and again would postpone it.
         check_timer, watched.check_timer = watched.check_timer, None

@@ -30,7 +30,7 @@ from gateway.stores.valkey.messages import (
 from gateway.stores.valkey.shared_snapshots import (
     SharedSnapshots,
     queries_may_overlap,
-    require_refetch,
+    require_new_query,
     supersedes,
 )
 from gateway.stores.valkey.waiters import Waiters
@@ -138,7 +138,7 @@ class MessageHandler:
             self._snapshots.put_with_same_body(snapshot, facts)
             return
         if not facts.terminal and queries_may_overlap(snapshot, facts.version, revision):
-            require_refetch(entry)
+            require_new_query(entry)
             return
         if key in self._waiters or not (entry.reads or watched):
             # An in-flight request that waits for the lease reads the new snapshot; it must not find this one.
@@ -153,7 +153,7 @@ class MessageHandler:
         """Read a newer snapshot into memory. The present one, if any, is served until then."""
         entry = self._memory.entry(key)
         try:
-            await self._snapshots.read(key)
+            await self._snapshots.load(key)
         except (InvalidStoredValue, StoreUnavailable) as exc:
             if entry is not None and self._connection.up:
                 entry.outdated = True
@@ -171,7 +171,7 @@ class MessageHandler:
             entry = self._memory.entry(key)
             if reply.kind == b"refused" and entry is not None and entry.snapshot is snapshot:
                 # The queries have overlapped, and the other replicas serve the stored snapshot.
-                require_refetch(entry)
+                require_new_query(entry)
         except StoreUnavailable:
             self.restore_later(key)
         except InvalidStoredValue as exc:

@@ -38,7 +38,7 @@ class StoreOperations:
         key: TaskKey,
         token: str,
         *,
-        known: int,
+        known_version: int,
         min_version: int,
         seen_revision: int,
         next_version: int,
@@ -50,7 +50,7 @@ class StoreOperations:
             ACQUIRE,
             key,
             [
-                known,
+                known_version,
                 min_version,
                 seen_revision,
                 token,
@@ -64,15 +64,15 @@ class StoreOperations:
         )
         return Reply(kind, StoredFacts.checked(*facts), value, number, failure)
 
-    async def read(self, key: TaskKey, *, known: int) -> Reply:
-        """Run `acquire.lua` without a token: it returns a snapshot that is newer than `known`, and no lease.
+    async def read(self, key: TaskKey, *, known_version: int) -> Reply:
+        """Run `acquire.lua` without a token: it grants no lease, and returns an unknown snapshot.
 
         Raises: InvalidStoredValue.
         """
         return await self.acquire(
             key,
             "",
-            known=known,
+            known_version=known_version,
             min_version=0,
             seen_revision=0,
             next_version=0,

@@ -51,13 +51,13 @@ class SharedSnapshots:
         self._log_sampler = LogSampler(clock=clock)
         self._being_written: set[tuple[TaskKey, int]] = set()
 
-    async def read(self, key: TaskKey) -> None:
+    async def load(self, key: TaskKey) -> None:
         """Read the snapshot of a task into memory. Raises: StoreUnavailable, InvalidStoredValue."""
         entry = self._memory.entry(key)
-        known = 0 if entry is None else entry.snapshot.version
-        self.apply(key, await self._operations.read(key, known=known))
+        known_version = 0 if entry is None else entry.snapshot.version
+        self.apply(key, await self._operations.read(key, known_version=known_version))
 
-    async def write(self, token: str, snapshot: Snapshot, *, known_version: int) -> Reply:
+    async def write(self, lease_token: str, snapshot: Snapshot, *, known_version: int) -> Reply:
         """Run `commit.lua`; it announces the snapshot. Raises: StoreUnavailable, InvalidStoredValue.
 
         `known_version`: the newest version that was known when the snapshot was built.
@@ -66,7 +66,7 @@ class SharedSnapshots:
         self._being_written.add(written)
         try:
             return await self._operations.commit(
-                token,
+                lease_token,
                 snapshot,
                 known_version=known_version,
                 age=self._clock() - snapshot.fetched_at,
@@ -76,18 +76,18 @@ class SharedSnapshots:
             self._being_written.discard(written)
 
     def is_being_written(self, key: TaskKey, version: int) -> bool:
-        """Tell whether this replica writes the snapshot now. The message about it may arrive first."""
+        """Tell whether this replica writes the snapshot now. Its message may arrive before the reply."""
         return (key, version) in self._being_written
 
     def apply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
-        """Store the snapshot of a reply in memory, unless it is not newer, or may not be.
+        """Store the snapshot of a reply in memory if it `supersedes` the present one, and is certainly newer.
 
         Return the snapshot that is in memory then; None if there is none. Raises: InvalidStoredValue.
         """
         entry, facts = self._memory.entry(key), reply.facts
         if entry is not None and not supersedes(facts, entry.snapshot):
-            # The server has nothing newer. If it has lost a newer version that was announced, the entry stays
-            # outdated until the task is queried again.
+            # The server has none that supersedes it. If the server has lost an announced newer version, the
+            # entry stays outdated until the task is queried again.
             entry.outdated = entry.announced_version > entry.snapshot.version
             return entry.snapshot
         if not reply.value:
@@ -105,7 +105,7 @@ class SharedSnapshots:
             and not snapshot.terminal
             and queries_may_overlap(entry.snapshot, snapshot.version, snapshot.revision)
         ):
-            require_refetch(entry)
+            require_new_query(entry)
             return entry.snapshot
         return self._memory.put(snapshot, fetched_here=False)
 
@@ -151,7 +151,7 @@ def queries_may_overlap(known: Snapshot, version: int, revision: int) -> bool:
     return revision != known.revision and version <= known.revision
 
 
-def require_refetch(entry: CacheEntry) -> None:
+def require_new_query(entry: CacheEntry) -> None:
     """Mark an entry as outdated, and accept only snapshots of queries that began after its body had arrived.
 
     The revision of a body is the time at which it arrived. The version of a snapshot is the time at which its

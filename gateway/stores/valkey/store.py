@@ -36,7 +36,7 @@ from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
 from gateway.stores.valkey.message_handler import MessageHandler
 from gateway.stores.valkey.operations import StoreOperations
-from gateway.stores.valkey.shared_snapshots import SharedSnapshots, queries_may_overlap, require_refetch
+from gateway.stores.valkey.shared_snapshots import SharedSnapshots, queries_may_overlap, require_new_query
 from gateway.stores.valkey.waiters import Waiters
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
@@ -257,16 +257,18 @@ class ValkeyStore(MemoryStore):
         if not isinstance(local, Lease):
             return local
         entry = self.entry(key)
-        known = 0 if entry is None else entry.snapshot.version
+        known_version = 0 if entry is None else entry.snapshot.version
         min_version = requirement.newer_than + 1
         if entry is not None:
             # If this replica's snapshot is stale by its own clock, only a newer one is a result.
             stale = not entry.snapshot.fresh(self._clock())
-            min_version = max(min_version, entry.announced_version, known + 1 if stale else known)
+            min_version = max(
+                min_version, entry.announced_version, known_version + 1 if stale else known_version
+            )
         reply = await self._operations.acquire(
             key,
             token,
-            known=known,
+            known_version=known_version,
             min_version=min_version,
             seen_revision=requirement.seen_revision,
             next_version=max(local.version, min_version),
@@ -320,7 +322,7 @@ class ValkeyStore(MemoryStore):
             and not snapshot.terminal
             and queries_may_overlap(entry.snapshot, snapshot.version, snapshot.revision)
         ):
-            require_refetch(entry)
+            require_new_query(entry)
             return None
         kept = self.put(snapshot)
         entry = self.entry(lease.key)

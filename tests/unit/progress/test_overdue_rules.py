@@ -14,7 +14,7 @@ KEY = TaskKey(Operation.SD_GET_PROGRESS, "A")
 
 
 @pytest.mark.parametrize(
-    ("began_at", "overdue", "next_check"),
+    ("in_flight_since", "overdue", "next_check"),
     [
         pytest.param(0.0, True, None, id="at the limit"),
         pytest.param(0.001, False, 0.001, id="it began after the timer of its check was set"),
@@ -22,9 +22,9 @@ KEY = TaskKey(Operation.SD_GET_PROGRESS, "A")
         pytest.param(math.inf, False, MIN_OVERDUE_AFTER_SECONDS, id="it has not begun"),
     ],
 )
-def test_query_in_flight(began_at: float, overdue: bool, next_check: float | None) -> None:  # noqa: FBT001
+def test_query_in_flight(in_flight_since: float, overdue: bool, next_check: float | None) -> None:  # noqa: FBT001
     """The query is overdue from the limit on, and not a moment before; the next check is at the limit."""
-    rules = overdue_rules(began_at=began_at, now=MIN_OVERDUE_AFTER_SECONDS, fresh=False)
+    rules = overdue_rules(in_flight_since=in_flight_since, now=MIN_OVERDUE_AFTER_SECONDS, fresh=False)
     assert (rules.error(KEY) is not None) is overdue
     if next_check is not None:
         assert rules.seconds_until_check(KEY) == pytest.approx(next_check)
@@ -32,16 +32,16 @@ def test_query_in_flight(began_at: float, overdue: bool, next_check: float | Non
 
 def test_slow_query_of_a_fresh_snapshot_is_checked_later() -> None:
     """The next check is not at once, although the query has taken long enough already."""
-    rules = overdue_rules(began_at=0.0, now=MIN_OVERDUE_AFTER_SECONDS, fresh=True)
+    rules = overdue_rules(in_flight_since=0.0, now=MIN_OVERDUE_AFTER_SECONDS, fresh=True)
     assert rules.error(KEY) is None
     assert rules.seconds_until_check(KEY) == MIN_OVERDUE_AFTER_SECONDS
 
 
-def overdue_rules(*, began_at: float, now: float, fresh: bool) -> OverdueRules:
+def overdue_rules(*, in_flight_since: float, now: float, fresh: bool) -> OverdueRules:
     """Return the rules for one task, whose query in flight began at this time."""
     snapshot = SimpleNamespace(terminal=False, fresh=lambda _: fresh)
     entry = SimpleNamespace(snapshot=snapshot, failure=None)
     store: Any = SimpleNamespace(entry=lambda _: entry, cached_failure=lambda _: None)
     state = TaskQueryState()
-    state.began_at = began_at
+    state.in_flight_since = in_flight_since
     return OverdueRules(store, lambda _: state, clock=lambda: now)
