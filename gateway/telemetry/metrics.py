@@ -50,7 +50,7 @@ class Metrics:
         GCCollector(registry=registry)
         self.http_requests = FastCounters(
             "sd_gateway_http_requests_total",
-            "Number of HTTP requests answered.",
+            "Number of HTTP requests that have ended. With status 499, the client left before the response.",
             ["route", "method", "status"],
             registry=registry,
         )
