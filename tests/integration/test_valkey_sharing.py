@@ -254,7 +254,11 @@ async def test_paused_replica_catches_up_without_the_server(one: ValkeyStore, se
         assert entry.snapshot is known
         assert one.is_current(entry)
         assert operations(one) == before
-        assert not await one.read_arrived_messages(), "it is up to date already"
+        for _ in range(100):  # it is up to date, unless a busy machine has paused this process again
+            if not await one.read_arrived_messages():
+                break
+        else:
+            pytest.fail("it is never up to date")
     finally:
         server.thaw()
 
