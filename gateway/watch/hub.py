@@ -99,8 +99,8 @@ class WatchHub:
     def counted_as_unanswered(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
         """While the context is open, count the new tasks as unanswered. Afterwards `subscribe` counts them.
 
-        Do not `await` between the end of this context and `subscribe`. Yield how many
-        are not watched yet or wait for their first snapshot, for `take_turn`. Raises: Overloaded.
+        Do not `await` between the end of this context and `subscribe`. Yield how many are not
+        watched yet or wait for their first snapshot, for `take_turn`. Raises: Overloaded.
         """
         new = sum(map(self.is_new, keys))
         if not self.unanswered_tasks.has_room(client, new):
