@@ -173,7 +173,7 @@ class ProgressService:
 
         While a failure of the task is cached, no in-flight request is started. The outcome may be a failure,
         or a stale snapshot with the failure (stale-if-error). This method counts no lookup, and waits even
-        for a query that counts as queued or takes too long. Count the callers with `add_caller` before.
+        for a query that counts as queued or takes too long. Call `add_caller` for each caller first.
         """
         entry = self._store.current_entry(key)
         if entry is None and await self._store.read_arrived_messages():

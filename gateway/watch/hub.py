@@ -99,8 +99,8 @@ class WatchHub:
     def counted_as_unanswered(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
         """While the context is open, count the new tasks as unanswered. Afterwards `subscribe` counts them.
 
-        Do not `await` between the end of this context and `subscribe`. Yield how many are not
-        watched yet or wait for their first snapshot, for `take_turn`. Raises: Overloaded.
+        Do not `await` between the end of this context and `subscribe`. Yield another number, for
+        `take_turn`: the tasks that are not watched yet or wait for a first snapshot. Raises: Overloaded.
         """
         new = sum(map(self.is_new, keys))
         if not self.unanswered_tasks.has_room(client, new):
@@ -200,8 +200,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # If `servable_result` has the content of `published`, send it, because it has its body. If
-            # `published` has no body, the subscriber loads the body before it sends the update.
+            # If both have the same content, send `servable_result`, which has its body. Otherwise send
+            # `published`; if that has no body, the subscriber loads the body first.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])

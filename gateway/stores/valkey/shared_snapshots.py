@@ -80,8 +80,9 @@ class SharedSnapshots:
         return (key, version) in self._being_written
 
     def apply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
-        """Store the snapshot of a reply in memory if it `supersedes` the present one, and is certainly newer.
+        """Store the snapshot of a reply in memory if it `supersedes` the present one.
 
+        If it is not terminal, and it is unknown which of the two is newer, require a new query instead.
         Return the snapshot that is in memory then; None if there is none. Raises: InvalidStoredValue.
         """
         entry, facts = self._memory.entry(key), reply.facts
