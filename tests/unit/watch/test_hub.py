@@ -918,15 +918,23 @@ async def test_long_polls_that_expire_together_end_in_turn(watch: WatchHub) -> N
     await watch.aclose()
 
 
-async def test_long_poll_that_ends_in_time_does_not_expire(watch: WatchHub, store: MemoryStore) -> None:
-    """No timer is left of a long poll that has ended."""
-    with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as subscriber:
-        with subscriber.expiring(0.02):
-            store.put(snapshot("1"))
-            assert etags(await received(subscriber)) == ["1"]
-        await asyncio.sleep(0.04)
-        assert not subscriber.must_end
-    await watch.aclose()
+def test_long_poll_expires_only_while_it_waits() -> None:
+    """It ends when its time is over; no timer is left of a long poll that has ended before."""
+    loop = TickedLoop()
+    try:
+        for ends_in_time in (False, True):
+            subscriber = Subscriber([KEY], b"")
+            wait = subscriber.expiring(5.0)
+            loop.within(wait.__enter__)
+            loop.advance(4.9)
+            assert not subscriber.must_end
+            if ends_in_time:
+                loop.within(partial(wait.__exit__, None, None, None))
+            loop.advance(0.2)
+            assert subscriber.must_end is not ends_in_time
+    finally:
+        loop.close()
+    assert loop.faults == []
 
 
 async def test_failures_of_tasks_with_many_subscribers_are_published_in_turn(
