@@ -1,7 +1,7 @@
 """GET /v1/progress?taskId=A&taskId=B: many tasks in one response, each with its own snapshot or problem.
 
 Without `wait`, the response comes at once. With `wait` (a long poll), it comes when a task changes. An item
-also says how old its snapshot is, and if its update is overdue, why (`progress/overdue_rules.py`).
+also says how old its snapshot is, and if its update is overdue, why (`progress/overdue_detector.py`).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class BatchEndpoint:
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
     def _stale_code(self, key: TaskKey) -> str | None:
-        reason = self._service.overdue_rules.error(key)
+        reason = self._service.overdue_detector.error(key)
         return None if reason is None else reason.code
 
     async def _read(

@@ -87,7 +87,7 @@ class ProgressEndpoint:
             await self._service.read_arrived_messages()
         seen_revision = seen_revision_of(self._service, self._tags, key, if_none_match)
         on_arrival = self._service.peek(key, seen_revision)
-        had_snapshot = on_arrival is not None
+        known_on_arrival = on_arrival is not None
         if if_none_match is None:
             if_none_match = on_arrival.snapshot.etag if on_arrival is not None else ""
         del on_arrival  # its body may be large, and the wait long
@@ -108,7 +108,7 @@ class ProgressEndpoint:
         if change.failure is not None:
             outcome: FoundSnapshot | LookupFailure = LookupFailure(key, change.failure, CacheStatus.NEGATIVE)
         elif (result := self._service.peek(key, seen_revision)) is not None:
-            outcome = result if had_snapshot else result._replace(cache_status=CacheStatus.MISS)
+            outcome = result if known_on_arrival else result._replace(cache_status=CacheStatus.MISS)
         else:
             # There is no current snapshot. Like any lookup, join the schedule's in-flight request, or start
             # one if the schedule backs off after a failure.

@@ -65,7 +65,7 @@ def _cache_status(result: FoundSnapshot, ttl: int) -> bytes:
     cache_status = result.cache_status
     if cache_status in _CACHED:
         return b"sd-gateway; hit; ttl=%d" % ttl
-    forward = b"stale" if result.had_snapshot else b"miss"
+    forward = b"stale" if result.had_older_snapshot else b"miss"
     collapsed = b"; collapsed" if cache_status is CacheStatus.COLLAPSED else b""
     return b"sd-gateway; fwd=%s%s; ttl=%d" % (forward, collapsed, ttl)
 

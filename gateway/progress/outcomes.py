@@ -40,16 +40,16 @@ class FetchOutcome(NamedTuple):
 class FoundSnapshot(NamedTuple):
     """A snapshot as found by one caller's lookup.
 
-    `age` is in seconds. `had_snapshot`: before the fetch, the cache had a snapshot of the task. It was too
-    old to serve, or older than what the client had received. `failure`: the stale snapshot is served instead
-    of this error (stale-if-error). `fetch_outcome`: the outcome of the in-flight request, if the caller
-    waited for one. `entry`: the cache entry of the snapshot; only `lookup` sets it.
+    `age` is in seconds. `had_older_snapshot`: before the fetch, the cache had a snapshot of the task. It was
+    too old to serve, or older than what the client had received. `failure`: the stale snapshot is served
+    instead of this error (stale-if-error). `fetch_outcome`: the outcome of the in-flight request, if the
+    caller waited for one. `entry`: the cache entry of the snapshot; only `lookup` sets it.
     """
 
     snapshot: Snapshot
     age: float
     cache_status: CacheStatus
-    had_snapshot: bool = False
+    had_older_snapshot: bool = False
     failure: GatewayError | None = None
     fetch_outcome: FetchOutcome | None = None
     entry: CacheEntry | None = None

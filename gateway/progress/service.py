@@ -12,7 +12,7 @@
 
 An in-flight request is the query for a task with the steps before and after the query (`fetching.py`). A
 query *counts as queued* when the rate limiter first reports a wait for it (`on_expected_wait` of
-`RateLimiter.acquire`). `overdue_rules.py` decides whether a query takes too long.
+`RateLimiter.acquire`). `overdue_detector.py` decides whether a query takes too long.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gateway.progress.fetching import Fetcher, queued_notice_of
 from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, FoundSnapshot, LookupFailure
-from gateway.progress.overdue_rules import OverdueRules
+from gateway.progress.overdue_detector import OverdueDetector
 from gateway.progress.refresh_ahead import RefreshAhead
 from gateway.progress.serve_stale_rules import ServeStaleRules
 from gateway.settings.model import Cache as CacheSettings
@@ -52,7 +52,7 @@ class ProgressService:
     for another replica's lease and the query together. `clock` is the clock of `Snapshot.fetched_at`.
 
     Attributes:
-        overdue_rules: Tells whether the update of a task is overdue, and why.
+        overdue_detector: Tells whether the update of a task is overdue, and why.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ProgressService:
             clock=clock,
         )
         self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
-        self.overdue_rules = OverdueRules(store, self._in_flight.query_state_of, clock=clock)
+        self.overdue_detector = OverdueDetector(store, self._in_flight.query_state_of, clock=clock)
         self._serve_stale_rules = ServeStaleRules(settings, store, clock=clock)
         self._metrics = LookupMetrics(metrics, settings)
 
@@ -188,7 +188,7 @@ class ProgressService:
         """Return the snapshot in the store, but count no lookup and start no refresh.
 
         `ServeStaleRules.apply` decides how old a stale snapshot may be. It is returned with the
-        failure from `OverdueRules.error`, or else with the cached failure, if there is one.
+        failure from `OverdueDetector.error`, or else with the cached failure, if there is one.
         """
         entry = self._store.current_entry(key)
         if entry is None:
@@ -199,7 +199,7 @@ class ProgressService:
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
             return FoundSnapshot(snapshot, age, CacheStatus.HIT)
-        return self._serve_stale_rules.apply(snapshot, age, self.overdue_rules.error(key))
+        return self._serve_stale_rules.apply(snapshot, age, self.overdue_detector.error(key))
 
     async def read_arrived_messages(self) -> None:
         """Read the messages of other replicas that have arrived; see `Store.read_arrived_messages`."""
@@ -234,7 +234,7 @@ class ProgressService:
         state.in_flight_since = self._clock()
         fetch_outcome = await self._fetcher.fetch(key, state, requirement)
         if isinstance(fetch_outcome.snapshot_or_error, GatewayError):
-            self.overdue_rules.record_failure(key, fetch_outcome.snapshot_or_error)
+            self.overdue_detector.record_failure(key, fetch_outcome.snapshot_or_error)
         return fetch_outcome
 
     def _observe_query_duration(
@@ -243,7 +243,7 @@ class ProgressService:
         self._refresh_ahead.observe_latency(operation, seconds)
         # The time in the queue is subtracted. Otherwise a long queue would raise the limit above which a
         # query counts as slow, and the update of its task as overdue.
-        self.overdue_rules.observe_latency(seconds - seconds_before_call)
+        self.overdue_detector.observe_latency(seconds - seconds_before_call)
 
     def _start_refresh_ahead(self, key: TaskKey, version: int) -> None:
         known = self._store.last_known(key)
@@ -291,10 +291,10 @@ class ProgressService:
             return self._stale_if_error(
                 LookupFailure(key, fetched, cache_status, fetch_outcome), seen_revision
             )
-        age, had_snapshot = self._clock() - fetched.fetched_at, known is not None
+        age, had_older_snapshot = self._clock() - fetched.fetched_at, known is not None
         self._metrics.record_age(fetched, age)
         return FoundSnapshot(
-            fetched, age, cache_status, had_snapshot=had_snapshot, fetch_outcome=fetch_outcome
+            fetched, age, cache_status, had_older_snapshot=had_older_snapshot, fetch_outcome=fetch_outcome
         )
 
     async def _load_announced_snapshot(self, key: TaskKey, seen_revision: int) -> FoundSnapshot | None:
@@ -327,12 +327,12 @@ class ProgressService:
         elapsed = max(
             self._clock() - state.in_flight_since, 0.0
         )  # `in_flight_since` is infinite before it begins
-        timeout = max(self.overdue_rules.overdue_after_seconds - elapsed, 0.0)
+        timeout = max(self.overdue_detector.overdue_after_seconds - elapsed, 0.0)
         await asyncio.wait((in_flight, queued_notice), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if in_flight.done():
             return in_flight.result()
         state.keep_without_callers = True  # the query continues
-        slow_error = self.overdue_rules.error_of_slow_query(state)
+        slow_error = self.overdue_detector.error_of_slow_query(state)
         return FetchOutcome(queued_notice.result() if queued_notice.done() else slow_error)
 
     def _stale_if_error(self, failure: LookupFailure, seen_revision: int) -> FoundSnapshot | LookupFailure:

@@ -109,7 +109,7 @@ class UpstreamClient:
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
         # 2. A query waits for a permit only if enough time is left after the wait: this half, or the usual
         #    duration of a call, whichever is longer.
-        self._half_timeout_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
+        self._min_call_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
         self._hedging: Hedging[_Query, ParsedResponse] = Hedging(
@@ -252,7 +252,7 @@ class UpstreamClient:
 
     def _max_queue_seconds(self, query: _Query) -> float:
         """Return how long a query may wait for a permit and still have enough time for a response."""
-        needed = max(self._half_timeout_seconds, self._latency_seconds[query.key.operation])
+        needed = max(self._min_call_seconds, self._latency_seconds[query.key.operation])
         return query.deadline - needed - self._now()
 
     async def _call_with_clock_correction(
@@ -284,7 +284,7 @@ class UpstreamClient:
             began = self._now()
             state.make_deadline_error = make_upstream_timeout
             with self._breakers[operation].guard(
-                is_refresh=query.is_refresh, cancelled_fails_after_seconds=self._half_timeout_seconds
+                is_refresh=query.is_refresh, cancelled_fails_after_seconds=self._min_call_seconds
             ):
                 permit.mark_sent()
                 state.runs_to_end = True

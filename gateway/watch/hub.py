@@ -6,7 +6,7 @@
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
 
-If a task is overdue (`progress/overdue_rules.py`), its subscribers receive an overdue notice. In a stream,
+If a task is overdue (`progress/overdue_detector.py`), its subscribers receive an overdue notice. In a stream,
 this is the event `stale`. The subscribers receive another overdue notice when the problem code changes, and
 when the task is no longer overdue.
 
@@ -46,7 +46,7 @@ from gateway.watch.watched_task import WatchedTask
 # Each iteration of the event loop publishes one snapshot, and an eighth of all that are not yet published.
 _BACKLOG_DIVISOR = 8
 # Subscribers that wake in one iteration. A long poll takes 60 microseconds to respond.
-_WAKES_PER_ITERATION = 64
+_WAKE_UPS_PER_ITERATION = 64
 
 
 class WatchHub:
@@ -70,7 +70,7 @@ class WatchHub:
         self._service = service
         self.unanswered_tasks = UnansweredTasks()
         self._last_known = store.last_known
-        self._wakes = PacedCallbacks(per_iteration=_WAKES_PER_ITERATION)
+        self._wake_ups = PacedCallbacks(per_iteration=_WAKE_UPS_PER_ITERATION)
         self._watched: dict[TaskKey, WatchedTask] = {}
         self._subscribers: set[Subscriber] = set()
         self._overdue_keys: set[TaskKey] = set()
@@ -134,7 +134,7 @@ class WatchHub:
         subscriber = Subscriber(
             keys,
             client,
-            wakes=self._wakes,
+            wake_ups=self._wake_ups,
             seen_revisions=seen_revisions,
             load_body=self._publish_and_load_body,
             refetch=self._refetch,
@@ -181,7 +181,7 @@ class WatchHub:
         result = self._service.peek(key)
         if result is not None:
             watched.published_update = Update(key, result.snapshot).without_large_body()
-            self._set_overdue_error(watched, self._service.overdue_rules.error(key))
+            self._set_overdue_error(watched, self._service.overdue_detector.error(key))
         self._schedules.start(watched)
         return watched
 
@@ -226,18 +226,18 @@ class WatchHub:
             self._overdue_keys.discard(key)
             self._stop_counting_as_unanswered(watched)
             self._schedules.stop(watched)
-        elif watched.counted_for_client == subscriber.client:  # count it for another one
+        elif watched.charged_client == subscriber.client:  # count it for another one
             self._stop_counting_as_unanswered(watched)
             self._count_as_unanswered(watched, next(iter(watched.subscribers)).client)
 
     def _count_as_unanswered(self, watched: WatchedTask, client: bytes) -> None:
-        watched.counted_for_client = client
+        watched.charged_client = client
         self.unanswered_tasks.add(client)
 
     def _stop_counting_as_unanswered(self, watched: WatchedTask) -> None:
-        if watched.counted_for_client is not None:
-            self.unanswered_tasks.remove(watched.counted_for_client)
-            watched.counted_for_client = None
+        if watched.charged_client is not None:
+            self.unanswered_tasks.remove(watched.charged_client)
+            watched.charged_client = None
 
     def _add_unpublished(self, snapshot: Snapshot) -> None:
         watched = self._watched.get(snapshot.key)

@@ -10,7 +10,7 @@ within two seconds, and the upstream receives few calls until then. Schedules wh
 rejected take no part in this: the upstream works, and only does not know their tasks.
 
 The hub learns why the update of a task is overdue: after a failed refresh, and when a refresh takes too long
-(`progress/overdue_rules.py`). A back-off ends early if another query stores a snapshot of the task. The
+(`progress/overdue_detector.py`). A back-off ends early if another query stores a snapshot of the task. The
 upstream rejects queries for a new task for a moment, because it does not know the task yet. The task counts
 as not found only when its queries have been rejected for `watch.unknown_task_seconds`; the schedule then
 continues. The hub (`hub.py`) starts a schedule for the first subscriber of a task, and stops it after the
@@ -236,7 +236,8 @@ class Schedules:
             if outcome.snapshot is not watched.unpublished_snapshot:  # else the hub publishes it soon
                 self._publish_unpublished(key)
                 self._publish(Update(key, outcome.snapshot))
-                self._set_overdue_error(watched, outcome.failure and self._service.overdue_rules.error(key))
+                detector = self._service.overdue_detector
+                self._set_overdue_error(watched, outcome.failure and detector.error(key))
         except Exception as exc:
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(
@@ -263,7 +264,7 @@ class Schedules:
     def _begin_refresh(self, watched: WatchedTask) -> None:
         watched.refreshing = True
         if watched.check_timer is None:
-            self._schedule_check(watched, self._service.overdue_rules.overdue_after_seconds)
+            self._schedule_check(watched, self._service.overdue_detector.overdue_after_seconds)
 
     def _end_refresh(self, watched: WatchedTask) -> None:
         watched.refreshing = False
@@ -276,14 +277,14 @@ class Schedules:
 
     def _check_refresh(self, watched: WatchedTask) -> None:
         """Report the refresh if it takes too long. Check again later: the reason may change."""
-        rules = self._service.overdue_rules
-        reason = rules.error(watched.key)
+        detector = self._service.overdue_detector
+        reason = detector.error(watched.key)
         if reason is None:
             # The query may have begun a moment after the refresh.
-            delay = rules.seconds_until_check(watched.key)
+            delay = detector.seconds_until_check(watched.key)
             self._schedule_check(watched, max(delay, _TIMER_RESOLUTION_SECONDS))
         else:
-            self._schedule_check(watched, rules.overdue_after_seconds)
+            self._schedule_check(watched, detector.overdue_after_seconds)
             self._report_overdue(watched, reason)
 
     def _seconds_until_not_found(self, watched: WatchedTask) -> float:

@@ -104,8 +104,8 @@ class OverdueNotice(NamedTuple):
 class Subscriber:
     """One open stream or long poll.
 
-    `wakes` paces the wakes of all subscribers. `load_body` returns an update with its body, or None if it
-    cannot be sent, usually because the store has evicted the body. If there is no newer update, `refetch`
+    `wake_ups` paces the wake-ups of all subscribers. `load_body` returns an update with its body, or None if
+    it cannot be sent, usually because the store has evicted the body. If there is no newer update, `refetch`
     then refreshes the task, and the hub calls `put` with the result.
 
     Attributes:
@@ -133,7 +133,7 @@ class Subscriber:
         "_unsent",
         "_unsent_overdue_notices",
         "_waiter",
-        "_wakes",
+        "_wake_ups",
         "chunked",
         "client",
         "direct_transport",
@@ -152,14 +152,14 @@ class Subscriber:
         keys: Sequence[TaskKey],
         client: bytes,
         *,
-        wakes: PacedCallbacks | None = None,
+        wake_ups: PacedCallbacks | None = None,
         seen_revisions: Mapping[TaskKey, int] = MappingProxyType({}),
         load_body: Callable[[Update, Subscriber], Update | None] = lambda _update, _subscriber: None,
         refetch: Callable[[TaskKey, Subscriber], None] = lambda _key, _subscriber: None,
     ) -> None:
         self.keys = keys
         self.client = client
-        self._wakes = wakes or PacedCallbacks()
+        self._wake_ups = wake_ups or PacedCallbacks()
         self.seen_revisions = dict(seen_revisions)
         self.not_found_keys: AbstractSet[TaskKey] = frozenset()
         self.must_end = False
@@ -256,7 +256,7 @@ class Subscriber:
         self.transport_if_idle = None
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
-            self._wakes.resolve(waiter, tasks=tasks, client=self.client)
+            self._wake_ups.resolve(waiter, tasks=tasks, client=self.client)
 
     @contextmanager
     def expiring(self, seconds: float) -> Iterator[None]:

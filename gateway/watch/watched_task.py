@@ -26,7 +26,7 @@ class WatchedTask:
             cached snapshot, or None.
         unpublished_snapshot: A newer snapshot, which the store has reported. It will be published in one of
             the next iterations of the event loop.
-        counted_for_client: The client for which it counts in `UnansweredTasks`; None if it does not.
+        charged_client: The client for which it counts in `UnansweredTasks`; None if it does not.
         seen_revision: The newest revision that the client of any subscriber had received when it joined.
         runner: The asyncio task that runs the schedule; None when it is stopped.
         refreshing: The runner waits for the result of a refresh.
@@ -42,7 +42,7 @@ class WatchedTask:
     subscribers_awaiting_refresh: set[Subscriber] = field(default_factory=set)
     published_update: Update | None = None
     unpublished_snapshot: Snapshot | None = None
-    counted_for_client: bytes | None = None
+    charged_client: bytes | None = None
     seen_revision: int = 0
     runner: asyncio.Task[None] | None = None
     refreshing: bool = False
@@ -55,7 +55,7 @@ class WatchedTask:
     @property
     def is_unanswered(self) -> bool:
         """Whether the task waits for its first snapshot."""
-        return self.counted_for_client is not None
+        return self.charged_client is not None
 
     @property
     def has_ended(self) -> bool:

@@ -44,7 +44,7 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.domain.vendor_values import vendor_status
 from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
-from gateway.progress.overdue_rules import MIN_OVERDUE_AFTER_SECONDS
+from gateway.progress.overdue_detector import MIN_OVERDUE_AFTER_SECONDS
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.settings.model import Watch as WatchSettings

@@ -246,9 +246,7 @@ async def test_paused_replica_catches_up_without_the_server(one: ValkeyStore, se
         await blocked(0.1)
         assert one.current_entry(KEY) is None
         assert one.last_known(KEY) is known
-        began = time.monotonic()
         assert await one.read_arrived_messages()
-        assert time.monotonic() - began < 0.3
         entry = one.current_entry(KEY)
         assert entry is not None
         assert entry.snapshot is known

@@ -287,7 +287,7 @@ def data_of(result: FoundSnapshot) -> dict[str, Any]:
 async def test_get_queries_the_upstream_on_a_miss(bench: Bench) -> None:
     """The first caller waits for the upstream, and its result is a miss."""
     result = await bench.learn(progress=0.35)
-    assert (result.cache_status, result.age, result.had_snapshot, result.failure) == (
+    assert (result.cache_status, result.age, result.had_older_snapshot, result.failure) == (
         CacheStatus.MISS,
         0.0,
         False,
@@ -304,7 +304,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds - 0.1
     result = await bench.get(KEY)
     assert result.snapshot is first.snapshot
-    assert (result.cache_status, result.failure, result.had_snapshot) == (CacheStatus.HIT, None, False)
+    assert (result.cache_status, result.failure, result.had_older_snapshot) == (CacheStatus.HIT, None, False)
     assert result.age == pytest.approx(CACHE.running_seconds - 0.1)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "hit": 1}
@@ -447,7 +447,7 @@ async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
         asked = bench.begin()
         (await bench.upstream.call()).answer(progress=0.9)
         result = await asked
-        assert (result.cache_status, result.had_snapshot, result.failure) == (
+        assert (result.cache_status, result.had_older_snapshot, result.failure) == (
             CacheStatus.MISS,
             True,
             None,
@@ -700,7 +700,7 @@ async def test_get_waits_beyond_stale_while_revalidate(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     (await bench.upstream.call()).answer(progress=0.9)
     for result, source in zip(await asyncio.gather(*crowd), ["miss", "collapsed", "collapsed"], strict=True):
-        assert (result.cache_status, result.age, result.had_snapshot) == (source, 0.0, True)
+        assert (result.cache_status, result.age, result.had_older_snapshot) == (source, 0.0, True)
         assert data_of(result)["progress"] == 0.9
     assert bench.upstream.count == 2
 
@@ -726,16 +726,16 @@ async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) ->
     bench.clock.now += CACHE.running_seconds
     await bench.get(KEY)
     call = await bench.upstream.call()
-    assert bench.service.overdue_rules.error(KEY) is None
+    assert bench.service.overdue_detector.error(KEY) is None
     bench.clock.now += CACHE.stale_while_revalidate_seconds
     result = await bench.get(KEY)
     assert isinstance(result, FoundSnapshot)
     assert isinstance(result.failure, UpstreamTimeout)
-    assert isinstance(bench.service.overdue_rules.error(KEY), UpstreamTimeout)
+    assert isinstance(bench.service.overdue_detector.error(KEY), UpstreamTimeout)
     waiting = asyncio.create_task(bench.service.query_if_stale(KEY))
     call.answer()
     assert (await waiting).cache_status is CacheStatus.COLLAPSED
-    assert bench.service.overdue_rules.error(KEY) is None
+    assert bench.service.overdue_detector.error(KEY) is None
     assert bench.upstream.keys == [KEY, KEY], "the refresh has continued"
 
 
@@ -748,7 +748,7 @@ async def test_overdue_limit_ignores_queries_that_outlast_an_outage(bench: Bench
     call.query_state.repeated = repeated
     call.answer()
     await asked
-    assert bench.service.overdue_rules.overdue_after_seconds == (1.5 if repeated else pytest.approx(4.8))
+    assert bench.service.overdue_detector.overdue_after_seconds == (1.5 if repeated else pytest.approx(4.8))
 
 
 async def test_overdue_limit_ignores_the_wait_before_the_call(bench: Bench) -> None:
@@ -759,7 +759,7 @@ async def test_overdue_limit_ignores_the_wait_before_the_call(bench: Bench) -> N
     call.query_state.seconds_before_call = 7.9
     call.answer()
     await asked
-    assert bench.service.overdue_rules.overdue_after_seconds == 1.5
+    assert bench.service.overdue_detector.overdue_after_seconds == 1.5
 
 
 async def test_get_counts_age_from_the_arrival_of_the_response(bench: Bench) -> None:
@@ -970,7 +970,7 @@ async def test_get_recovers(bench: Bench) -> None:
     await bench.fail(UpstreamTimeout("too late"))
     bench.clock.now += CACHE.error_seconds + 0.01
     result = await bench.learn(progress=0.8)
-    assert (result.cache_status, result.failure, result.had_snapshot) == (CacheStatus.MISS, None, True)
+    assert (result.cache_status, result.failure, result.had_older_snapshot) == (CacheStatus.MISS, None, True)
     assert (await bench.get(KEY)).failure is None
 
 

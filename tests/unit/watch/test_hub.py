@@ -95,7 +95,7 @@ class ManualService:
     """A service whose fresh results are set by the test."""
 
     def __init__(self) -> None:
-        self.overdue_rules = ManualOverdue()
+        self.overdue_detector = ManualOverdue()
         self.known: Snapshot | None = None
         self.asked = asyncio.Event()
         self.answers: asyncio.Queue[Snapshot | Exception] = asyncio.Queue()
@@ -1138,7 +1138,7 @@ def test_watch_checks_a_slow_refresh_although_clients_subscribe_again() -> None:
         loop.settle()
         assert etags(first.take_unsent()) == ["1"]
         service.known = None  # from now on, too old to be served: each subscriber awaits a refresh
-        service.overdue_rules.failure = UpstreamTimeout("late")
+        service.overdue_detector.failure = UpstreamTimeout("late")
         for subscription in subscriptions[1:]:
             loop.advance(0.7)
             loop.within(subscription.__enter__)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.overdue_rules import MIN_OVERDUE_AFTER_SECONDS, OverdueRules
+from gateway.progress.overdue_detector import MIN_OVERDUE_AFTER_SECONDS, OverdueDetector
 from gateway.upstream.task_query_state import TaskQueryState
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "A")
@@ -24,7 +24,7 @@ KEY = TaskKey(Operation.SD_GET_PROGRESS, "A")
 )
 def test_query_in_flight(in_flight_since: float, overdue: bool, next_check: float | None) -> None:  # noqa: FBT001
     """The query is overdue from the limit on, and not a moment before; the next check is at the limit."""
-    rules = overdue_rules(in_flight_since=in_flight_since, now=MIN_OVERDUE_AFTER_SECONDS, fresh=False)
+    rules = overdue_detector(in_flight_since=in_flight_since, now=MIN_OVERDUE_AFTER_SECONDS, fresh=False)
     assert (rules.error(KEY) is not None) is overdue
     if next_check is not None:
         assert rules.seconds_until_check(KEY) == pytest.approx(next_check)
@@ -32,16 +32,16 @@ def test_query_in_flight(in_flight_since: float, overdue: bool, next_check: floa
 
 def test_slow_query_of_a_fresh_snapshot_is_checked_later() -> None:
     """The next check is not at once, although the query has taken long enough already."""
-    rules = overdue_rules(in_flight_since=0.0, now=MIN_OVERDUE_AFTER_SECONDS, fresh=True)
+    rules = overdue_detector(in_flight_since=0.0, now=MIN_OVERDUE_AFTER_SECONDS, fresh=True)
     assert rules.error(KEY) is None
     assert rules.seconds_until_check(KEY) == MIN_OVERDUE_AFTER_SECONDS
 
 
-def overdue_rules(*, in_flight_since: float, now: float, fresh: bool) -> OverdueRules:
+def overdue_detector(*, in_flight_since: float, now: float, fresh: bool) -> OverdueDetector:
     """Return the rules for one task, whose query in flight began at this time."""
     snapshot = SimpleNamespace(terminal=False, fresh=lambda _: fresh)
     entry = SimpleNamespace(snapshot=snapshot, failure=None)
     store: Any = SimpleNamespace(entry=lambda _: entry, cached_failure=lambda _: None)
     state = TaskQueryState()
     state.in_flight_since = in_flight_since
-    return OverdueRules(store, lambda _: state, clock=lambda: now)
+    return OverdueDetector(store, lambda _: state, clock=lambda: now)

@@ -25,8 +25,8 @@ MIN_OVERDUE_AFTER_SECONDS = 1.5
 _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 
 
-class OverdueRules:
-    """Knows why stale snapshots are not replaced.
+class OverdueDetector:
+    """Detects overdue updates, and knows the reason: why a stale snapshot is not replaced.
 
     `query_state_of` returns the state of the query in flight for a task, or None. `clock` is the clock of
     `Snapshot.fetched_at` and of `TaskQueryState.in_flight_since`.
