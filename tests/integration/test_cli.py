@@ -764,7 +764,8 @@ def test_cli_demo_runs_and_stops_both_processes(tmp_path: Path) -> None:
 def test_cli_demo_does_not_use_another_simulator(tmp_path: Path, simulator: Simulator) -> None:
     """If the simulator's port is in use, the demo reports it and exits with 1."""
     port = str(simulator.client.base_url.port)
-    status, output = run("demo", "--simulator-port", port, cwd=tmp_path)
+    env = {"SD_GATEWAY_SERVER__PORT": str(free_port())}
+    status, output = run("demo", "--simulator-port", port, cwd=tmp_path, env=env)
     assert status == 1
     assert f"sd-gateway: cannot listen on http://127.0.0.1:{port}: already in use" in output
     assert "Traceback" not in output
