@@ -13,9 +13,9 @@ _DISTRIBUTION = "sd-progress-gateway"
 
 
 def describe_missing(module: str | None, *, extra: str) -> str:
-    """Return the package that a feature needs, and the command that installs its extra."""
+    """Return the extra and the package that a feature needs, and the command that installs the extra."""
     package = (module or "").partition(".")[0]
-    return f"needs the package {package}: {_install_command(extra)}"
+    return f"needs the extra {extra} (the package {package}): {_install_command(extra)}"
 
 
 def _install_command(extra: str) -> str:

@@ -37,6 +37,7 @@ from tests.support.harness import (
     serving,
     until,
 )
+from tests.support.programs import required
 
 
 def pair(simulator_url: str, **more: str) -> dict[str, str]:
@@ -683,17 +684,21 @@ def secret_on_stdin(tmp_path: Path, content: bytes) -> Process:
 
 
 def test_cli_simulate_prints_how_to_use_it(tmp_path: Path) -> None:
-    """The printed command uses the simulator with its key pair; a secret of the user is not printed."""
+    """The printed commands use the simulator with its key pair; a secret of the user is not printed."""
+    required("curl")
     with Process("simulate", "--port", "0", cwd=tmp_path) as process:
         command = process.says(r"To try it: (.*) (?:\S*/)?sd-gateway check")
         env = dict(word.split("=", 1) for word in command.split())
         status, output = run("check", cwd=tmp_path, env=env)
+        create = process.says(r"To create one: (curl .*)")
+        created = subprocess.run(["sh", "-c", create], capture_output=True, check=True)
     assert status == 0, output
+    assert json.loads(created.stdout) == {"taskId": "task-1"}
     with Process("simulate", "--port", "0", "--secret", "hush", cwd=tmp_path) as process:
-        process.says("simulated upstream on")
+        process.says("It has no tasks")
         process.signal()
         assert process.exit_status() == 0
-    assert len(process.lines) == 1
+    assert not any("hush" in line for line in process.lines)
 
 
 def test_cli_simulate_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:

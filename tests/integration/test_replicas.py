@@ -317,7 +317,7 @@ def test_replicas_need_the_extra_to_share(tmp_path: Path) -> None:
     assert told.returncode == 2
     assert told.stderr == (
         'sd-gateway: SD_GATEWAY_STORE__URL: store.url = "valkey://(hidden)@127.0.0.1": '
-        "needs the package redis: pip install 'redis[hiredis]<9,>=8.1'\n"
+        "needs the extra valkey (the package redis): pip install 'redis[hiredis]<9,>=8.1'\n"
     )
     assert "s3cret" not in told.stdout + told.stderr
 

@@ -18,11 +18,11 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 from rich.console import Console
@@ -123,6 +123,7 @@ class _Session:
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._stopped = threading.Event()
         self._reading = True
+        self._end: Event | None = None  # printed as the last line, after the images are saved
         self._errors: list[str] = []  # of images
         self._saved: set[str] = set()  # tasks whose images are saved
         self._file_count = 0
@@ -173,6 +174,8 @@ class _Session:
                 self._lines.tick()
             if deadline is not None and time.monotonic() > deadline:
                 return False
+        if self._end is not None:
+            self._print_event(self._end.name, self._end.data)
         return True
 
     def close(self) -> None:
@@ -297,10 +300,11 @@ class _Session:
                 self.say(f"{self._name}: no longer: {text}")
 
     def _handle_event(self, event: Event) -> None:
-        if self._options.as_json:
-            _print(json_text(json.dumps({"event": event.name, **event.data})))
         if event.name == "end":
             self._tasks.end()
+            self._end = event
+            return
+        self._print_event(event.name, event.data)
         if event.content is None:
             return
         before = self._tasks.find(event.content.task_id)
@@ -327,14 +331,13 @@ class _Session:
         else:
             self._saved.add(saved.task_id)
         task.images = printable("; ".join(parts))
-        if self._options.as_json:
-            told = {
-                "taskId": saved.task_id,
-                "files": list(map(str, saved.files)),
-                "error": saved.error or None,
-            }
-            _print(json_text(json.dumps({"event": "saved", **told})))
+        data = {"taskId": saved.task_id, "files": list(map(str, saved.files)), "error": saved.error or None}
+        self._print_event("saved", data)
         self._report(task)
+
+    def _print_event(self, name: str, data: Mapping[str, Any]) -> None:
+        if self._options.as_json:
+            _print(json_text(json.dumps({"event": name, **data})))
 
     def _report(self, task: WatchedTask) -> None:
         if self._live is None and not self._options.as_json:

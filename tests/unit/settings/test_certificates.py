@@ -154,7 +154,7 @@ def test_a_missing_socks_package_is_reported_with_its_source(
     monkeypatch.setattr("gateway.upstream.egress_proxy.find_spec", lambda _: None)
     file = tmp_path / "gateway.toml"
     file.write_text('[upstream]\nproxy = "socks5://user:hidden-word@proxy.example:1080"\n')
-    needs = "needs the package socksio: pip install 'httpx[socks]"
+    needs = "needs the extra socks (the package socksio): pip install 'httpx[socks]"
     for source, environ in ((f"{file}:2", {}), ("HTTPS_PROXY", {"HTTPS_PROXY": "socks5://p.example:1080"})):
         loaded = load_with_sources(None if environ else file, environ)
         with pytest.raises(SettingsError) as told, loaded.naming_sources():

@@ -93,5 +93,7 @@ def test_tracing_without_the_extra_prevents_the_start(tmp_path: Path) -> None:
     status, output = run("serve", cwd=tmp_path, env=ENDPOINT | {"PYTHONPATH": str(tmp_path)})
     assert status == 2
     [line] = output.splitlines()
-    assert line.startswith("sd-gateway: OTEL_*: needs the package opentelemetry: pip install ")
+    assert line.startswith(
+        "sd-gateway: OTEL_*: needs the extra otel (the package opentelemetry): pip install "
+    )
     assert "'opentelemetry-sdk<2,>=1.38'" in line
