@@ -28,7 +28,7 @@ from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.progress.service import ProgressService
 from gateway.progress.unanswered_tasks import RETRY_SECONDS, too_many_tasks
 from gateway.watch.hub import WatchHub
-from gateway.watch.subscriber import Subscriber, SubscriptionKind, Update
+from gateway.watch.subscriber import Subscriber, SubscriptionKind
 
 
 class BatchEndpoint:
@@ -65,6 +65,7 @@ class BatchEndpoint:
             if_none_match = if_none_match and possible_tags(if_none_match, tasks=len(keys))
             outcomes = await self._wait_for_change(scope, receive, keys, if_none_match, wait, seen=seen)
         else:
+            await take_turn(scope, tasks=len(keys))
             outcomes = await self._read(scope, receive, keys, seen)
         scope["state"]["outcomes"] = outcomes  # for the request log
         stale = {outcome.key: self._stale_code(outcome.key) for outcome in outcomes}
@@ -169,8 +170,8 @@ class BatchEndpoint:
         if len(watched) < len(keys):
             wait = min(wait, RETRY_SECONDS)  # then the others are tried again
         with self._clients.subscription(scope):
-            with self._hub.counted_as_unanswered(watched, client=client) as unanswered:
-                await take_turn(scope, tasks=unanswered)
+            with self._hub.counted_as_unanswered(watched, client=client):
+                await take_turn(scope, tasks=len(watched))
                 await self._service.read_arrived_messages()
             latest = self._latest_on_arrival(keys, watched, if_none_match, seen)
             with self._hub.subscribe(
@@ -179,6 +180,8 @@ class BatchEndpoint:
                 async with DisconnectListener(scope, receive, subscriber.disconnect, tasks=len(watched)):
                     with subscriber.expiring(wait):
                         await latest.wait_for_change(subscriber)
+                    await take_turn(scope, tasks=len(watched))  # many long polls may respond to one change
+                    latest.take(subscriber)
                 await self._service.read_arrived_messages()
         known: dict[TaskKey, FoundSnapshot | LookupFailure] = {}
         for key in watched:
@@ -258,16 +261,18 @@ class _Latest:
     async def wait_for_change(self, subscriber: Subscriber) -> None:
         """Return when the representation is complete, and has changed or ended. Raises: ClientDisconnect."""
         while not subscriber.must_end and not self._is_over(subscriber):
-            self._take(await subscriber.next_updates())
-            self._stale.update((each.key, each.code) for each in subscriber.take_overdue_notices())
+            await subscriber.wait()
+            self.take(subscriber)
             if subscriber.disconnected:
                 raise ClientDisconnect
 
-    def _take(self, updates: Iterable[Update]) -> None:
-        for update in updates:
+    def take(self, subscriber: Subscriber) -> None:
+        """Take the unsent updates and overdue notices of the subscriber."""
+        for update in subscriber.take_unsent():
             latest = update.snapshot or update.failure
             if latest is not None:
                 self._latest[update.key] = _Item.of(latest)
+        self._stale.update((each.key, each.code) for each in subscriber.take_overdue_notices())
 
     def _is_over(self, subscriber: Subscriber) -> bool:
         if len(self._latest) < len(self._keys):

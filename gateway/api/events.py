@@ -98,8 +98,8 @@ class EventsEndpoint:
             # Before the first `await`: requests that arrive together must not all pass before one has paid.
             self._clients.charge(scope, len(keys))
             client = client_key(scope)
-            with self._hub.counted_as_unanswered(keys, client=client) as unanswered:
-                await take_turn(scope, tasks=unanswered)
+            with self._hub.counted_as_unanswered(keys, client=client):
+                await take_turn(scope, tasks=len(keys))
                 await self._hub.read_arrived_messages()
             with self._hub.subscribe(
                 keys,

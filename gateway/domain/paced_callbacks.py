@@ -44,12 +44,11 @@ class PacedCallbacks:
     async def turn(self, *, tasks: int, client: bytes) -> None:
         """Wait for earlier callbacks. The work that follows, for so many tasks, counts as one of them."""
         ready = asyncio.get_running_loop().create_future()
-        self.resolve(ready, tasks=tasks, client=client)
+        self.resolve(ready, weight=1 + tasks // _TASKS_OF_WEIGHT, client=client)
         await ready
 
-    def resolve(self, future: asyncio.Future[None], *, tasks: int = 0, client: bytes = b"") -> None:
-        """Resolve a future after earlier callbacks, unless its waiter was cancelled; `tasks` as in `turn`."""
-        weight = 1 + tasks // _TASKS_OF_WEIGHT
+    def resolve(self, future: asyncio.Future[None], *, weight: int = 1, client: bytes = b"") -> None:
+        """Resolve a future after earlier callbacks, unless its waiter was cancelled."""
         self.add(future.get_loop(), partial(_resolve, future), weight=weight, client=client)
 
     def add(

@@ -96,17 +96,16 @@ class WatchHub:
         store.add_snapshot_listener(self._add_unpublished, is_watched=self._watched.__contains__)
 
     @contextmanager
-    def counted_as_unanswered(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[int]:
+    def counted_as_unanswered(self, keys: Sequence[TaskKey], *, client: bytes) -> Iterator[None]:
         """While the context is open, count the new tasks as unanswered. Afterwards `subscribe` counts them.
 
-        Do not `await` between the end of this context and `subscribe`. Yield another number, for
-        `take_turn`: the tasks that are not watched yet or wait for a first snapshot. Raises: Overloaded.
+        Do not `await` between the end of this context and `subscribe`. Raises: Overloaded.
         """
         new = sum(map(self.is_new, keys))
         if not self.unanswered_tasks.has_room(client, new):
             raise too_many_tasks()
         with self.unanswered_tasks.counted(client, new):
-            yield sum(key not in self._watched or self._watched[key].is_unanswered for key in keys)
+            yield
 
     def is_new(self, key: TaskKey) -> bool:
         """Tell whether a task is not watched yet, and the store has no snapshot of it, however old."""
@@ -277,6 +276,7 @@ class WatchHub:
             # The task has ended: drop every update that is not final. If the store has evicted the terminal
             # snapshot, it may report one that is not terminal.
             return
+        watched.unpublished_failure = None  # it is older
         if update.snapshot is not None:
             self._stop_counting_as_unanswered(watched)
             watched.mark_found()

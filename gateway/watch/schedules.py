@@ -24,6 +24,7 @@ import math
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import structlog
@@ -249,17 +250,23 @@ class Schedules:
         return outcome.snapshot, outcome.failure
 
     def _publish_in_turn(self, watched: WatchedTask, failure: GatewayError) -> None:
-        """Publish a failure. If many tasks fail together, they take turns, unless a snapshot comes first."""
-        latest = watched.published_update
+        """Publish a failure. If many tasks fail together, they take turns.
 
-        def publish() -> None:
-            superseded = watched.published_update is not latest or watched.unpublished_snapshot is not None
-            if watched.subscribers and not superseded:
-                self._publish(Update(watched.key, failure=failure))
-                watched.notify_not_found()
+        If the task fails again before its turn, the newer failure is published instead. If another update
+        comes first, none is.
+        """
+        has_turn = watched.unpublished_failure is not None
+        watched.unpublished_failure = failure
+        if not has_turn:
+            weight = 1 + len(watched.subscribers) // _SUBSCRIBERS_OF_WEIGHT
+            publish = partial(self._publish_failure, watched)
+            self._turns.add(asyncio.get_running_loop(), publish, weight=weight, client=b"")
 
-        weight = 1 + len(watched.subscribers) // _SUBSCRIBERS_OF_WEIGHT
-        self._turns.add(asyncio.get_running_loop(), publish, weight=weight, client=b"")
+    def _publish_failure(self, watched: WatchedTask) -> None:
+        failure, watched.unpublished_failure = watched.unpublished_failure, None
+        if failure is not None and watched.subscribers and watched.unpublished_snapshot is None:
+            self._publish(Update(watched.key, failure=failure))
+            watched.notify_not_found()
 
     def _begin_refresh(self, watched: WatchedTask) -> None:
         watched.refreshing = True

@@ -246,17 +246,16 @@ class Subscriber:
         """Tell whether this task has an unsent update."""
         return key in self._unsent
 
-    def wake(self, *, tasks: int = 0) -> None:
+    def wake(self) -> None:
         """Wake the asyncio task that awaits `wait`, which then checks unsent updates and flags.
 
-        If many subscribers are woken together, each wakes in its turn. `tasks`: the number of tasks for which
-        it certainly has work then.
+        If many subscribers are woken together, each wakes in its turn.
         """
         self.woken = True
         self.transport_if_idle = None
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
-            self._wake_ups.resolve(waiter, tasks=tasks, client=self.client)
+            self._wake_ups.resolve(waiter, client=self.client)
 
     @contextmanager
     def expiring(self, seconds: float) -> Iterator[None]:
@@ -272,7 +271,7 @@ class Subscriber:
 
     def _expire(self) -> None:
         self.must_end = True
-        self.wake(tasks=len(self.keys))
+        self.wake()
 
     def disconnect(self) -> None:
         """Record that the client has disconnected, and wake the asyncio task that awaits `wait`."""

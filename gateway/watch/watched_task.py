@@ -26,6 +26,8 @@ class WatchedTask:
             cached snapshot, or None.
         unpublished_snapshot: A newer snapshot, which the store has reported. It will be published in one of
             the next iterations of the event loop.
+        unpublished_failure: A newer failure, which waits for its turn to be published. Every published update
+            replaces it.
         charged_client: The client for which it counts in `UnansweredTasks`; None if it does not.
         seen_revision: The newest revision that the client of any subscriber had received when it joined.
         runner: The asyncio task that runs the schedule; None when it is stopped.
@@ -42,6 +44,7 @@ class WatchedTask:
     subscribers_awaiting_refresh: set[Subscriber] = field(default_factory=set)
     published_update: Update | None = None
     unpublished_snapshot: Snapshot | None = None
+    unpublished_failure: GatewayError | None = None
     charged_client: bytes | None = None
     seen_revision: int = 0
     runner: asyncio.Task[None] | None = None
@@ -51,11 +54,6 @@ class WatchedTask:
     not_found: bool = False
     overdue_error: GatewayError | None = None
     check_timer: asyncio.TimerHandle | None = None
-
-    @property
-    def is_unanswered(self) -> bool:
-        """Whether the task waits for its first snapshot."""
-        return self.charged_client is not None
 
     @property
     def has_ended(self) -> bool:
