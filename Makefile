@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 # Number of test processes. Many tests wait for timers or other processes. On two cores, 3 processes keep the cores 56 %
 # busy and need 13 minutes, 5 keep them 87 % busy and need 9.
-WORKERS ?= 4
+WORKERS ?= 5
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
