@@ -391,7 +391,7 @@ async def test_lost_snapshot_does_not_hide_the_one_that_another_replica_fetches(
     found = await flight
     assert isinstance(found, Snapshot)
     assert found.version == newer.version
-    assert one.current_entry(KEY) is not None
+    assert await shown(one) is not None
 
 
 async def test_newer_snapshot_replaces_an_older_one_that_was_restored(
