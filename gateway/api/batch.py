@@ -65,7 +65,7 @@ class BatchEndpoint:
             if_none_match = if_none_match and possible_tags(if_none_match, tasks=len(keys))
             outcomes = await self._wait_for_change(scope, receive, keys, if_none_match, wait, seen=seen)
         else:
-            await take_turn(scope, tasks=len(keys))
+            await take_turn(scope, tasks=len(keys), connected=False)
             outcomes = await self._read(scope, receive, keys, seen)
         scope["state"]["outcomes"] = outcomes  # for the request log
         stale = {outcome.key: self._stale_code(outcome.key) for outcome in outcomes}
@@ -88,10 +88,34 @@ class BatchEndpoint:
             await send({"type": "http.response.start", "status": 304, "headers": headers})
             await send({"type": "http.response.body"})
             return
-        body = _body(outcomes, stale, request_id=scope["state"]["request_id"])
+        body = self._body(outcomes, stale, request_id=scope["state"]["request_id"])
         headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    def _body(
+        self,
+        outcomes: Sequence[FoundSnapshot | LookupFailure],
+        stale: Mapping[TaskKey, str | None],
+        *,
+        request_id: str,
+    ) -> bytes:
+        items: list[bytes] = []
+        stale_count = 0
+        for outcome in outcomes:
+            if isinstance(outcome, FoundSnapshot):
+                code = stale[outcome.key]
+                stale_count += code is not None
+                age = self._service.age(outcome.snapshot)  # `outcome.age` is that of the lookup
+                added = render_json({"ageSeconds": age_seconds(age), "stale": code})
+                items.append(b"%b,%b" % (outcome.snapshot.body[:-1], added[1:]))
+            else:
+                status, title = status_and_title(outcome.failure)
+                problem = problem_document(outcome.failure, status, title, request_id=request_id)
+                items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
+        snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, FoundSnapshot)]
+        summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots), stale=stale_count))
+        return b'{"items":[%s],"summary":%s}' % (b",".join(items), summary)
 
     def _stale_code(self, key: TaskKey) -> str | None:
         reason = self._service.overdue_detector.error(key)
@@ -114,10 +138,11 @@ class BatchEndpoint:
         `seen`: the revisions that the client has received, by task. It must not receive older ones.
         `others_known`: the response has other tasks, too, whose results are known.
         """
-        cached = {key: self._service.lookup(key, seen.get(key, 0)) for key in keys}
-        missing = [key for key, result in cached.items() if result is None]
+        lookups = {key: self._service.lookup(key, seen.get(key, 0)) for key in keys}
+        cached = {key: result for key, result in lookups.items() if result is not None}
+        missing = [key for key in keys if key not in cached]
         if not missing:
-            return [result for result in cached.values() if result is not None]
+            return list(cached.values())
         client, unanswered = client_key(scope), self._hub.unanswered_tasks
         new = [key for key in missing if self._hub.is_new(key)]
         refused: dict[TaskKey, LookupFailure] = {}
@@ -141,8 +166,16 @@ class BatchEndpoint:
                 ),
                 tasks=len(queried),
             )
-        outcomes = cached | dict(zip(queried, read, strict=True)) | refused
-        return [outcome for outcome in outcomes.values() if outcome is not None]
+        outcomes = self._renewed(cached, seen) | dict(zip(queried, read, strict=True)) | refused
+        return [outcomes[key] for key in keys]
+
+    def _renewed(
+        self, outcomes: Mapping[TaskKey, FoundSnapshot | LookupFailure], seen: Mapping[TaskKey, int]
+    ) -> dict[TaskKey, FoundSnapshot | LookupFailure]:
+        """Return the outcomes of cached tasks after a query of others, which may have taken seconds."""
+        return {
+            key: self._service.peek(key, seen.get(key, 0)) or outcome for key, outcome in outcomes.items()
+        }
 
     async def _wait_for_change(
         self,
@@ -179,25 +212,23 @@ class BatchEndpoint:
             ) as subscriber:
                 async with DisconnectListener(scope, receive, subscriber.disconnect, tasks=len(watched)):
                     with subscriber.expiring(wait):
-                        await latest.wait_for_change(subscriber)
-                    await take_turn(scope, tasks=len(watched))  # many long polls may respond to one change
-                    latest.take(subscriber)
+                        while not latest.is_over(subscriber):
+                            await latest.wait_for_change(subscriber)
+                            await take_turn(scope, tasks=len(watched))  # many may respond to one change
+                            latest.take(subscriber)
                 await self._service.read_arrived_messages()
         known: dict[TaskKey, FoundSnapshot | LookupFailure] = {}
         for key in watched:
-            failure = latest.failure(key)
-            outcome = (
-                LookupFailure(key, failure, CacheStatus.NEGATIVE)
-                if failure
-                else self._service.peek(key, seen.get(key, 0))
-            )
+            outcome: FoundSnapshot | LookupFailure | None = self._service.peek(key, seen.get(key, 0))
+            if outcome is None and (failure := latest.failure(key)) is not None:
+                outcome = LookupFailure(key, failure, CacheStatus.NEGATIVE)
             if outcome is not None:
                 self._service.count_lookup(outcome)
                 known[key] = outcome
         missing = [key for key in keys if key not in known]
         if missing:  # as in `ProgressEndpoint`: join the schedules' in-flight requests
             read = await self._read(scope, receive, missing, seen, others_known=bool(known))
-            known |= zip(missing, read, strict=True)
+            known = self._renewed(known, seen) | dict(zip(missing, read, strict=True))
         return [known[key] for key in keys]
 
     def _latest_on_arrival(
@@ -259,8 +290,8 @@ class _Latest:
         return self._latest[key].failure if key in self._latest else None
 
     async def wait_for_change(self, subscriber: Subscriber) -> None:
-        """Return when the representation is complete, and has changed or ended. Raises: ClientDisconnect."""
-        while not subscriber.must_end and not self._is_over(subscriber):
+        """Return when the long poll must respond. Raises: ClientDisconnect."""
+        while not self.is_over(subscriber):
             await subscriber.wait()
             self.take(subscriber)
             if subscriber.disconnected:
@@ -274,7 +305,13 @@ class _Latest:
                 self._latest[update.key] = _Item.of(latest)
         self._stale.update((each.key, each.code) for each in subscriber.take_overdue_notices())
 
-    def _is_over(self, subscriber: Subscriber) -> bool:
+    def is_over(self, subscriber: Subscriber) -> bool:
+        """Tell whether the long poll must respond.
+
+        Either the representation is complete, and has changed or ended, or the time is over.
+        """
+        if subscriber.must_end:
+            return True
         if len(self._latest) < len(self._keys):
             return False
         # `*` matches every digest, so none is computed.
@@ -291,26 +328,6 @@ class _Latest:
 def _digest(texts: Iterable[str]) -> str:
     """Return the digest of a batch with these items; see `_Item.text`."""
     return digest_of("".join(f"{len(text)} {text}" for text in texts).encode())
-
-
-def _body(
-    outcomes: Sequence[FoundSnapshot | LookupFailure], stale: Mapping[TaskKey, str | None], *, request_id: str
-) -> bytes:
-    items: list[bytes] = []
-    stale_count = 0
-    for outcome in outcomes:
-        if isinstance(outcome, FoundSnapshot):
-            code = stale[outcome.key]
-            stale_count += code is not None
-            added = render_json({"ageSeconds": age_seconds(outcome.age), "stale": code})
-            items.append(b"%b,%b" % (outcome.snapshot.body[:-1], added[1:]))
-        else:
-            status, title = status_and_title(outcome.failure)
-            problem = problem_document(outcome.failure, status, title, request_id=request_id)
-            items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
-    snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, FoundSnapshot)]
-    summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots), stale=stale_count))
-    return b'{"items":[%s],"summary":%s}' % (b",".join(items), summary)
 
 
 def summarize(snapshots: list[Snapshot], *, errors: int, stale: int = 0) -> dict[str, Any]:

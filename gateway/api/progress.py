@@ -105,10 +105,11 @@ class ProgressEndpoint:
                 with subscriber.expiring(wait):
                     await change.wait(subscriber)
             await self._service.read_arrived_messages()
-        if change.failure is not None:
-            outcome: FoundSnapshot | LookupFailure = LookupFailure(key, change.failure, CacheStatus.NEGATIVE)
-        elif (result := self._service.peek(key, seen_revision)) is not None:
+        outcome: FoundSnapshot | LookupFailure
+        if (result := self._service.peek(key, seen_revision)) is not None:  # it may be newer than a failure
             outcome = result if known_on_arrival else result._replace(cache_status=CacheStatus.MISS)
+        elif change.failure is not None:
+            outcome = LookupFailure(key, change.failure, CacheStatus.NEGATIVE)
         else:
             # There is no current snapshot. Like any lookup, join the schedule's in-flight request, or start
             # one if the schedule backs off after a failure.

@@ -72,7 +72,7 @@ def _require_connected(scope: Scope) -> None:
     """Check that the client is still connected. Raises: ClientDisconnect if it has left.
 
     Without this, the requests of clients that connect, send and leave would start queries for a hundred tasks
-    each.
+    each. A client that half-closes its connection counts as one that has left.
     """
     connection = _connection_of(scope)
     has_left = DISCONNECTED in scope.get("extensions", {}).get(ON_DISCONNECT, ())
@@ -80,16 +80,19 @@ def _require_connected(scope: Scope) -> None:
         raise ClientDisconnect
 
 
-async def take_turn(scope: Scope, *, tasks: int) -> None:
+async def take_turn(scope: Scope, *, tasks: int, connected: bool = True) -> None:
     """Wait until the work for this many tasks may begin. Raises: ClientDisconnect if the client has left.
 
-    So a burst of requests for a hundred tasks each does not delay all other clients.
+    So a burst of requests for a hundred tasks each does not delay all other clients. `connected`: false if
+    the work needs no query, so that clients may half-close their connections.
     """
-    _require_connected(scope)
+    if connected:
+        _require_connected(scope)
     connection = _connection_of(scope)
     if connection is not None:
         await connection.heavy_work.turn(tasks=tasks, client=client_key(scope))
-        _require_connected(scope)
+        if connected:
+            _require_connected(scope)
 
 
 def is_chunked(scope: Scope) -> bool:

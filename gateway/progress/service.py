@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError, UpstreamTimeout
+from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
 from gateway.progress.fetching import Fetcher, queued_notice_of
 from gateway.progress.in_flight_requests import InFlightRequests
@@ -200,6 +201,10 @@ class ProgressService:
         if age < snapshot.lifetime:
             return FoundSnapshot(snapshot, age, CacheStatus.HIT)
         return self._serve_stale_rules.apply(snapshot, age, self.overdue_detector.error(key))
+
+    def age(self, snapshot: Snapshot) -> float:
+        """Return the age of a snapshot, in seconds."""
+        return self._clock() - snapshot.fetched_at
 
     async def read_arrived_messages(self) -> None:
         """Read the messages of other replicas that have arrived; see `Store.read_arrived_messages`."""

@@ -236,7 +236,8 @@ class Schedules:
                 return None, outcome.failure
             if outcome.snapshot is not watched.unpublished_snapshot:  # else the hub publishes it soon
                 self._publish_unpublished(key)
-                self._publish(Update(key, outcome.snapshot))
+                if not _is_older(outcome.snapshot, watched.published_update):
+                    self._publish(Update(key, outcome.snapshot))
                 detector = self._service.overdue_detector
                 self._set_overdue_error(watched, outcome.failure and detector.error(key))
         except Exception as exc:
@@ -307,6 +308,12 @@ class Schedules:
             watched.rejected_since = now
         if now - watched.rejected_since >= self._unknown_task_seconds:
             watched.not_found = True  # the subscribers are notified when the rejection is published
+
+
+def _is_older(snapshot: Snapshot, published: Update | None) -> bool:
+    """Tell whether a newer snapshot was published while the schedule waited to continue."""
+    newest = None if published is None else published.snapshot
+    return newest is not None and not snapshot.is_not_older_than(newest.revision)
 
 
 def _wake(back_off: _BackOff) -> None:

@@ -1,6 +1,7 @@
 """GET /v1/progress?taskId=A&taskId=B: many tasks in one response."""
 
 import gc
+import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -269,3 +270,40 @@ def test_batch_long_poll_is_bounded_and_ends_with_its_client(simulator: Simulato
         assert gate.client.get("/v1/progress", params={"taskId": task, "wait": "1"}).status_code == 429
     until(lambda: gate.metric("watchers", kind="longpoll") == 0, "the subscription is closed")
     until(lambda: gate.metric("http_requests_total", status="499") == 1, "it is counted")
+
+
+def test_batch_of_cached_tasks_reaches_a_half_closed_client(simulator: Simulator, launch: Launch) -> None:
+    """As a single cached task does: the client may send, close its side, and read."""
+    gate = launch(simulator.url, cache={"running_seconds": 600})
+    task = simulator.task(data={"status": "running", "progress": 0.5})
+    gate.get(task)
+    with gate.connect() as connection:
+        connection.sendall(b"GET /v1/progress?taskId=%s HTTP/1.1\r\nhost: x\r\n\r\n" % task.encode())
+        connection.shutdown(socket.SHUT_WR)
+        response = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert response.startswith(b"HTTP/1.1 200 ")
+    assert b'"progress":0.5' in response
+
+
+def test_batch_ages_are_those_of_the_response(simulator: Simulator, launch: Launch) -> None:
+    """The age of a cached task includes the time that the query of another task takes."""
+    gate = launch(simulator.url, cache={"running_seconds": 600})
+    cached, slow = (simulator.task(data={"status": "running", "progress": 0.5}) for _ in range(2))
+    gate.get(cached)
+    simulator.fault("slow", seconds=0.7)
+    response = gate.client.get("/v1/progress", params={"taskId": [cached, slow]})
+    assert response.json()["items"][0]["ageSeconds"] >= 0.7
+
+
+def test_batch_shows_the_snapshot_that_was_stored_during_its_query(
+    simulator: Simulator, launch: Launch
+) -> None:
+    """A cached task whose refresh ends before the query of another task is shown with the newer snapshot."""
+    gate = launch(simulator.url, cache={"running_seconds": 0.1, "stale_while_revalidate_seconds": 60})
+    cached, slow = (simulator.task(data={"status": "running", "progress": 0.5}) for _ in range(2))
+    gate.get(cached)
+    time.sleep(0.1)
+    simulator.script(cached, status="running", progress=0.75)
+    simulator.fault("slow", seconds=1, taskId=slow)
+    response = gate.client.get("/v1/progress", params={"taskId": [cached, slow]})
+    assert response.json()["items"][0]["progress"] == 0.75

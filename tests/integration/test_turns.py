@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from starlette.types import ASGIApp, Message, Scope
 
+import gateway.app
 from gateway.api.server_extensions import CONNECTION, ON_DISCONNECT
 from gateway.app import create_app
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Operation, TaskKey
+from gateway.server.application_parts import Application
 from gateway.settings.model import Settings
+from gateway.stores.base import Lease, Store
+from gateway.stores.create_store import create_store
 from gateway.telemetry.redaction import Redactor
 from tests.support.harness import CA_FILE, KEY, SECRET, Simulator, eventually
+from tests.support.seen import seen
 
 TASKS = 16
 
@@ -44,8 +54,9 @@ class Turns:
 class Client:
     """Sends requests to an application. All of them wait for the same turns."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: Application) -> None:
+        self._app: ASGIApp = app.asgi
+        self.metrics = app.metrics
         self.turns = Turns()
         self.parts: list[bytes] = []
 
@@ -95,7 +106,7 @@ async def connected(simulator: Simulator, *, lifetime: float) -> AsyncIterator[C
     )
     app = create_app(settings, redactor=Redactor())
     async with app.asgi.router.lifespan_context(app.asgi):
-        yield Client(app.asgi)
+        yield Client(app)
 
 
 async def read(client: Client, tasks: list[str]) -> None:
@@ -158,3 +169,54 @@ async def test_long_poll_of_many_tasks_ends_in_its_turn(
     assert len(answer["items"]) == TASKS
     assert (answer["items"][0]["progress"] > 0.5) is (end == "change")
     assert (answer["summary"]["stale"] > 0) is (end == "outage")
+
+
+async def test_long_poll_goes_on_if_its_change_is_undone_before_its_turn(
+    simulator: Simulator, tasks: list[str]
+) -> None:
+    """A long poll that waits for its turn responds to the state that the tasks have then."""
+    async with connected(simulator, lifetime=0.3) as client:
+        await read(client, tasks)
+        request = client.get("/v1/progress", query_of(tasks) + "&wait=30")
+        await client.turns.admit()
+        simulator.fault("status", status=502)
+        await eventually(lambda: client.turns.waiting, "it ends, because the updates are overdue")
+        simulator.heal()
+        registry = client.metrics.registry
+        await eventually(lambda: registry.get_sample_value("sd_gateway_snapshots_stale") == 0, "it recovers")
+        await client.turns.admit()
+        await asyncio.sleep(0)
+        simulator.script(tasks[0], status="running", progress=0.75)
+        await client.turns.admit()
+        await request
+    answer = json.loads(b"".join(client.parts))
+    assert (answer["items"][0]["progress"], answer["summary"]["stale"]) == (0.75, 0)
+
+
+async def test_long_poll_returns_the_snapshots_that_are_stored_before_its_turn(
+    simulator: Simulator, tasks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot that the hub has not published yet replaces the failure that has ended the wait."""
+    stores: list[Store] = []
+
+    def create(*args: Any, **options: Any) -> Store:
+        stores.append(create_store(*args, **options))
+        return stores[0]
+
+    monkeypatch.setattr(gateway.app, "create_store", create)
+    simulator.fault("status", status=502)
+    async with connected(simulator, lifetime=60) as client:
+        request = client.get("/v1/progress", query_of(tasks) + "&wait=30")
+        await client.turns.admit()
+        await eventually(lambda: client.turns.waiting, "it ends, because all queries have failed")
+        for number, task in enumerate(tasks):
+            key = TaskKey(Operation.SD_GET_PROGRESS, task)
+            snapshot = seen(key, at=time.monotonic(), lifetime=60.0, version=10**16 + number)
+            assert await stores[0].commit(Lease(key, snapshot.version), partial(_first, snapshot)) is snapshot
+        await client.turns.admit()
+        await request
+    assert json.loads(b"".join(client.parts))["summary"]["errors"] == 0
+
+
+def _first(snapshot: Snapshot, _previous: Snapshot | None) -> Snapshot:
+    return snapshot

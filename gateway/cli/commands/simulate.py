@@ -120,8 +120,8 @@ def _simulate(options: argparse.Namespace) -> None:
             pair = f"SPEEDPIX_APP_KEY={shlex.quote(key)} SPEEDPIX_APP_SECRET={secret}"
             check = f"{shlex.quote(program_name())} check"
             sys.stdout.write(f"To try it: SPEEDPIX_ENDPOINT={url} {pair} {check}\n")
-        task = '{"taskId":"task-1"}'
-        sys.stdout.write(f"It has no tasks. To create one: curl {url}/_simulator/tasks -d '{task}'\n")
+        create = shlex.join(["curl", f"{url}/_simulator/tasks", "-d", '{"taskId":"task-1"}'])
+        sys.stdout.write(f"It has no tasks. To create one: {create}\n")
         sys.stdout.flush()
 
     server.serve(config, announce=announce)

@@ -162,6 +162,8 @@ class _Session:
         if not self._options.as_json:
             threading.Thread(target=self._read_health, name="read-health", daemon=True).start()
         while self._reading or (self._saver is not None and self._saver.unfinished):
+            if deadline is not None and time.monotonic() > deadline:
+                return False
             try:
                 self._handle(self._inbox.get(timeout=_TICK_SECONDS))
                 while True:
@@ -172,8 +174,6 @@ class _Session:
                 self._live.tick()
             elif not self._options.as_json:
                 self._lines.tick()
-            if deadline is not None and time.monotonic() > deadline:
-                return False
         if self._end is not None:
             self._print_event(self._end.name, self._end.data)
         return True

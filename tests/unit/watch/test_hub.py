@@ -977,6 +977,23 @@ async def test_watch_drops_a_failure_that_a_snapshot_has_outdated(
     await watch.aclose()
 
 
+async def test_watch_publishes_no_older_snapshot_after_a_newer_one(
+    watch: WatchHub, service: ManualService, store: MemoryStore
+) -> None:
+    """Another replica's snapshot may be published before the schedule continues with an older result."""
+    published = listen(watch)
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
+        await asked(service)
+        store.put(replace(snapshot("4"), version=4, revision=4))
+        await turns(lambda: published == ["4"])
+        service.answers.put_nowait(replace(snapshot("3"), version=3, revision=3))
+        await turns(service.answers.empty)
+        for _ in range(9):
+            await asyncio.sleep(0)
+        assert published == ["4"]
+    await watch.aclose()
+
+
 async def test_watch_publishes_the_newest_of_two_failures_that_wait(
     watch: WatchHub, service: ManualService
 ) -> None:
