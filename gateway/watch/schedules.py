@@ -236,7 +236,7 @@ class Schedules:
                 return None, outcome.failure
             if outcome.snapshot is not watched.unpublished_snapshot:  # else the hub publishes it soon
                 self._publish_unpublished(key)
-                if not _is_older(outcome.snapshot, watched.published_update):
+                if not self._has_newer(outcome.snapshot):
                     self._publish(Update(key, outcome.snapshot))
                 detector = self._service.overdue_detector
                 self._set_overdue_error(watched, outcome.failure and detector.error(key))
@@ -249,6 +249,15 @@ class Schedules:
                 self._publish(Update(key, failure=_INTERNAL_ERROR))
             return None, _INTERNAL_ERROR
         return outcome.snapshot, outcome.failure
+
+    def _has_newer(self, snapshot: Snapshot) -> bool:
+        """Tell whether another replica's newer snapshot came before the schedule continued.
+
+        The store decides, not `published_update`: if the store has lost that one, and its clock or the local
+        one was set back, newer snapshots have smaller versions for a while.
+        """
+        latest = self._service.peek(snapshot.key)
+        return latest is not None and not snapshot.is_not_older_than(latest.snapshot.revision)
 
     def _publish_in_turn(self, watched: WatchedTask, failure: GatewayError) -> None:
         """Publish a failure. If many tasks fail together, they take turns.
@@ -308,12 +317,6 @@ class Schedules:
             watched.rejected_since = now
         if now - watched.rejected_since >= self._unknown_task_seconds:
             watched.not_found = True  # the subscribers are notified when the rejection is published
-
-
-def _is_older(snapshot: Snapshot, published: Update | None) -> bool:
-    """Tell whether a newer snapshot was published while the schedule waited to continue."""
-    newest = None if published is None else published.snapshot
-    return newest is not None and not snapshot.is_not_older_than(newest.revision)
 
 
 def _wake(back_off: _BackOff) -> None:

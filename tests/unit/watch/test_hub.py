@@ -984,13 +984,29 @@ async def test_watch_publishes_no_older_snapshot_after_a_newer_one(
     published = listen(watch)
     with watch.subscribe([KEY], SubscriptionKind.EVENTS):
         await asked(service)
-        store.put(replace(snapshot("4"), version=4, revision=4))
+        service.known = replace(snapshot("4"), version=4, revision=4)
+        store.put(service.known)
         await turns(lambda: published == ["4"])
         service.answers.put_nowait(replace(snapshot("3"), version=3, revision=3))
         await turns(service.answers.empty)
         for _ in range(9):
             await asyncio.sleep(0)
         assert published == ["4"]
+    await watch.aclose()
+
+
+async def test_watch_publishes_an_older_version_if_the_newer_one_is_lost(
+    watch: WatchHub, service: ManualService, store: MemoryStore
+) -> None:
+    """The store was emptied and the clock set back: what the upstream says now counts."""
+    published = listen(watch)
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
+        await asked(service)
+        store.put(replace(snapshot("4"), version=4, revision=4))
+        await turns(lambda: published == ["4"])
+        service.answers.put_nowait(replace(snapshot("3"), version=3, revision=3))
+        await turns(lambda: published == ["4", "3"])
+        assert published == ["4", "3"]
     await watch.aclose()
 
 
