@@ -10,6 +10,10 @@ from gateway.server.connection import Connection
 from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection, HeadRenderer
 
+# Requests that start in one iteration of the event loop. With 2, a gateway without its fast path serves 0.88 of
+# the requests per CPU-second. With more, a burst of requests delays other clients for longer.
+_STARTS_PER_ITERATION = 8
+
 
 def make_protocol_class(
     limits: ConnectionLimits, *, hits: CachedResponses | None = None, application: ASGIApp | None = None
@@ -21,7 +25,7 @@ def make_protocol_class(
     """
     attributes: dict[str, object] = {
         "limits": limits,
-        "request_starts": PacedCallbacks(),
+        "request_starts": PacedCallbacks(per_iteration=_STARTS_PER_ITERATION),
         "heavy_work": PacedCallbacks(),
         "application": application,
     }
