@@ -72,7 +72,7 @@ class EventsEndpoint:
         self._tags = tags
         self._clients = clients
         self._sent = {name: metrics.events_sent.labels(name) for name in _EVENTS}
-        hub.deliver_directly = self._write_directly
+        hub.direct_delivery_hook = self._write_directly
         self._heartbeats = Heartbeats(heartbeat_seconds)
         self._clock = clock
 

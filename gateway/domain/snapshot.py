@@ -4,8 +4,8 @@
           -> data -> `build_snapshot` -> Snapshot
 
 A Snapshot holds every response body as bytes that are rendered once: the envelope as received for the
-vendor-compatible paths, and the simplified JSON with its ETag. Only this module, `envelope.py`,
-`vendor_values.py`, `api/` and the simulator know the vendor's member names (`taskId`, `etaRelative`, ...).
+vendor-compatible paths, and the simplified JSON with its ETag. The vendor's names of the members of
+`data` (`etaRelative`, ...) are known only in this package, in `api/` and in the simulator.
 """
 
 from __future__ import annotations

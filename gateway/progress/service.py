@@ -2,7 +2,7 @@
 
     fresh snapshot                       -> answer at once
     stale, within stale-while-revalidate -> answer at once, and start one in-flight request in the background,
-                                            unless one is in flight or a failure of the task is cached
+                                            unless one is in flight
     else, no failure of the task cached  -> all callers wait for one in-flight request
     the query fails, or failure cached   -> stale-if-error: a snapshot that is young enough, else the failure
     the query counts as queued           -> stale-if-error at once, else wait; the query continues
@@ -39,8 +39,8 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.task_query_state import TaskQueryState
 
-# Maximum number of in-flight requests that a caller waits for, one after the other. The caller waits
-# for a further one if the snapshot is older than the revision that its client has seen.
+# A caller waits for a further in-flight request if the snapshot is older than the revision that its client
+# has seen. This is the maximum number of in-flight requests that it waits for.
 _MAX_JOINED_IN_FLIGHT_REQUESTS = 3
 _REFRESH_AHEAD_READS = 2  # the second read of a fresh snapshot schedules its refresh ahead of expiry
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
@@ -91,9 +91,9 @@ class ProgressService:
     def lookup(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
         """Return the snapshot in the store, and count a lookup. Return None if none may be served.
 
-        If the snapshot is stale, start a background refresh, unless a failure of the task is cached. If the
-        result is None, count no lookup and start no refresh. `seen_revision`: a snapshot that is not terminal
-        must not be older than the body with this revision.
+        If the snapshot is stale, a background refresh is started, unless a failure of the task is cached. If
+        the result is None, no lookup is counted and no refresh is started. `seen_revision`: a snapshot that
+        is not terminal must not be older than the body with this revision.
         """
         entry = self._store.current_entry(key)
         if entry is None:
@@ -164,7 +164,7 @@ class ProgressService:
         return LookupFailure(key, self._store.cached_failure(key) or failure, CacheStatus.NEGATIVE)
 
     def count_lookup(self, outcome: FoundSnapshot | LookupFailure) -> None:
-        """Count one lookup with this outcome. Long polls call this method, because `peek` counts none."""
+        """Count one lookup with this outcome. Waiting requests call it, because `peek` counts none."""
         self._metrics.count(outcome.key.operation, outcome.cache_status)
         if isinstance(outcome, FoundSnapshot):
             self._metrics.record_age(outcome.snapshot, outcome.age)
@@ -188,7 +188,7 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
         """Return the snapshot in the store, but count no lookup and start no refresh.
 
-        `ServeStaleRules.apply` decides how old a stale snapshot may be. It is returned with the
+        `ServeStaleRules.apply` decides how old a stale snapshot may be. A stale snapshot is returned with the
         failure from `OverdueDetector.error`, or else with the cached failure, if there is one.
         """
         entry = self._store.current_entry(key)
@@ -282,7 +282,7 @@ class ProgressService:
                 fetched = fetch_outcome.snapshot_or_error
                 if isinstance(fetched, GatewayError) or fetched.is_not_older_than(seen_revision):
                     break
-                # The in-flight request had started with the requirement of another caller.
+                # The in-flight request was started for another requirement: wait for a further one.
                 requirement = requirement._replace(newer_than=fetched.version)
                 await asyncio.sleep(0)  # lets `SingleFlight` forget an in-flight request that has just ended
             else:

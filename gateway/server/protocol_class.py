@@ -10,8 +10,8 @@ from gateway.server.connection import Connection
 from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection, HeadRenderer
 
-# Requests that start in one iteration of the event loop. With 2, a gateway without its fast path serves 0.88 of
-# the requests per CPU-second. With more, a burst of requests delays other clients for longer.
+# Requests that start in one iteration of the event loop. With 2, a gateway without its fast path serves 0.88
+# times the requests per CPU-second. With more, a burst of requests delays other clients for longer.
 _STARTS_PER_ITERATION = 8
 
 

@@ -34,8 +34,8 @@ REMEMBER_SECONDS = 3600.0
 # Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
 # under Python 3.11: 0.7 KB for a snapshot, 0.9 KB for a failure).
 ENTRY_OVERHEAD_BYTES = 1024
-# A lookup that finds no snapshot removes expired snapshots, but at most once in this time. They are also
-# removed whenever a snapshot is stored.
+# Expired snapshots are removed whenever a snapshot is stored. Lookups that find no snapshot remove them, too,
+# but at most once in this time.
 _CLEANUP_INTERVAL_SECONDS = 1.0
 
 
@@ -87,9 +87,9 @@ class MemoryStore:
 
     `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_OVERHEAD_BYTES` for each
     entry. At this limit, failures are evicted first, because they are short-lived. An entry that is larger
-    than the limit is not kept. `min_keep_stale_seconds` is the shortest time for which a snapshot is kept
-    after it has become stale, unless it is evicted. It must not be shorter than the longest time for which
-    the settings allow a stale snapshot to be served.
+    than the limit is not kept. A snapshot is kept for at least `min_keep_stale_seconds` after it has become
+    stale, unless it is evicted. This must cover the time for which the settings allow a stale snapshot to be
+    served.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class MemoryStore:
     async def acquire(
         self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        """See `Store.acquire`: the lease is always free, because a task has one in-flight request."""
+        """See `Store.acquire`: the lease is always free, because no other replica shares this store."""
         snapshot = self.last_known(key)
         if snapshot is not None and snapshot.fresh(self._clock()) and requirement.is_met_by(snapshot):
             return snapshot
@@ -223,15 +223,15 @@ class MemoryStore:
         return self._put(snapshot, self.entry(snapshot.key), fetched_here=fetched_here)
 
     def _put(self, snapshot: Snapshot, entry: CacheEntry | None, *, fetched_here: bool) -> Snapshot:
-        """Store a snapshot in place of `entry`; return the newer one of the two snapshots."""
+        """Store a snapshot in place of `entry`, unless that one is kept; return the stored one."""
         current = None if entry is None else entry.snapshot
-        # Versions decide between two snapshots that are both terminal, or both not. If only one is terminal,
-        # it is kept, even if its version is smaller: a replica without a connection to a shared store
-        # (`ValkeyStore`) does not know the versions of the other replicas.
-        if current is not None and (
-            current.version > snapshot.version if current.terminal is snapshot.terminal else current.terminal
-        ):
-            return current
+        # If both are terminal, or neither is, the present one is kept only if its version is larger. If only
+        # one is terminal, it is kept or stored, even if its version is smaller: a replica that has no
+        # connection to a shared store (`ValkeyStore`) does not know the versions of the other replicas.
+        if current is not None:
+            same_kind = current.terminal is snapshot.terminal
+            if current.version > snapshot.version if same_kind else current.terminal:
+                return current
         if entry is not None:
             entry.outdated = True
             del self._snapshots[snapshot.key]

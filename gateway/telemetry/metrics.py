@@ -155,9 +155,9 @@ class Metrics:
         self.upstream_retries = Counter(
             "sd_gateway_upstream_retries_total",
             "Number of repeats of upstream calls, by the problem code of the earlier call. It counts "
-            "retries; repeats with a corrected clock; repeats on a new connection, because the response may "
-            "be for another task (reason upstream-invalid); and hedged calls, because the earlier call has "
-            "no response yet (reason upstream-timeout). A repeat is counted before it is sent.",
+            "retries, and repeats with a corrected clock. With reason upstream-invalid, it also counts "
+            "repeats of calls whose response may be for another task. With reason upstream-timeout, it also "
+            "counts hedged calls. A repeat is counted before it is sent.",
             ["operation", "reason"],
             registry=registry,
         )

@@ -2,7 +2,7 @@
 
     circuit breaker -> end of a credential trial -> permit of the rate limiter -> concurrency slot -> call
     the call fails  -> retry, from the start, while the deadline and the retry policy allow it
-    no response yet -> another call at the same time, if a snapshot of the task is known (`hedging.py`)
+    no response yet -> perhaps a second call, if a snapshot of the task is known (`hedging.py`)
 
 A query may need several calls: see `retry_policy.py` for all reasons to repeat a call. The query runs in the
 asyncio task of an in-flight request, not in the asyncio task of a caller. This module enforces the
@@ -105,11 +105,11 @@ class UpstreamClient:
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
-        # Half the maximum duration of a call. A working upstream is expected to respond within this half.
-        # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
-        # 2. A query waits for a permit only if enough time is left after the wait: this half, or the usual
+        # A call that takes longer than this is slow: half the maximum duration of a call. It has two uses.
+        # 1. The circuit breaker counts a cancelled call as a failure only if it was slow.
+        # 2. A query waits for a permit only if enough time is left after the wait: this time, or the usual
         #    duration of a call, whichever is longer.
-        self._min_call_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
+        self._slow_call_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
         self._hedging: Hedging[_Query, ParsedResponse] = Hedging(
@@ -154,8 +154,8 @@ class UpstreamClient:
             timeout_seconds: Limit for the whole query, in addition to the setting.
             on_expected_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry, but not before a repeat on a new connection.
-            query_state: The waiting callers; None if the gateway itself needs the response. The attribute
-                `runs_to_end` is set when a call is sent, and cleared before the next one.
+            query_state: The waiting callers; None if the gateway itself needs the response. Its
+                attribute `runs_to_end` is True while a call is on the wire, and after the last one.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
@@ -209,7 +209,7 @@ class UpstreamClient:
         return 1
 
     async def _call_within_limits(self, query: _Query) -> ParsedResponse:
-        """Make one call within all limits: the steps of the first line of the module's diagram.
+        """Make one call within all limits: circuit breaker, credential trial, rate limiter, concurrency slot.
 
         If the permit is revoked before the call is sent, the steps begin again. The call is repeated after a
         clock correction, and with another key pair. Failures are retried in `query`, and not here.
@@ -252,7 +252,7 @@ class UpstreamClient:
 
     def _max_queue_seconds(self, query: _Query) -> float:
         """Return how long a query may wait for a permit and still have enough time for a response."""
-        needed = max(self._min_call_seconds, self._latency_seconds[query.key.operation])
+        needed = max(self._slow_call_seconds, self._latency_seconds[query.key.operation])
         return query.deadline - needed - self._now()
 
     async def _call_with_clock_correction(
@@ -284,7 +284,7 @@ class UpstreamClient:
             began = self._now()
             state.make_deadline_error = make_upstream_timeout
             with self._breakers[operation].guard(
-                is_refresh=query.is_refresh, cancelled_fails_after_seconds=self._min_call_seconds
+                is_refresh=query.is_refresh, cancelled_fails_after_seconds=self._slow_call_seconds
             ):
                 permit.mark_sent()
                 state.runs_to_end = True

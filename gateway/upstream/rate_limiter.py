@@ -27,8 +27,8 @@ from gateway.upstream.query_queue import QueryQueue, QueuedQuery
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 from gateway.upstream.task_query_state import TaskQueryState
 
-# Shortest expected wait that `acquire` reports to `on_expected_wait` when a query is put into the queue.
-# Later reports have no minimum. After a report, the progress service serves a stale snapshot.
+# Shortest expected wait that `acquire` reports when a query is put into the queue. While it is in the queue,
+# shorter waits are reported, too. After a report, the progress service serves a stale snapshot.
 MIN_REPORTED_WAIT_SECONDS = 0.1
 # A query at the head of the queue still gets a permit up to this long after its timeout: the timer that
 # serves the queue may fire late. Expected waits are compared with the timeout without this tolerance.
@@ -62,8 +62,8 @@ class Permit:
 
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
-        revoked: The upstream has throttled another call, made by this or another replica. If the call is not
-            sent yet, the query must acquire a new permit: the upstream would refuse the call.
+        revoked: If the call is not sent yet, the query must acquire a new permit. The reason: the upstream
+            has throttled another call, made by this or another replica, and would refuse this call.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
@@ -106,7 +106,7 @@ class RateLimiter:
     ) -> None:
         self._limit = AdaptiveRateLimit(requests_per_second or math.inf)
         self._clock = clock
-        self._next_report_at = 0.0  # until then, replies of the store do not cause reports of expected waits
+        self._next_report_at = 0.0  # a reply of the store causes no report of waits before this time
         self._call_later = call_later
         self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
@@ -160,7 +160,7 @@ class RateLimiter:
                 - while the query is in the queue, whenever the limit falls or a pause begins, and after
                   replies about shared permits, at most every 0.2 s; the expected wait may be 0
             query_state: The clients that wait for the response. None: the gateway itself needs the response.
-                A first query is put into the queue of one of the clients. More clients may join later.
+                A first query is put into the queue of one of these clients. Others may join after that.
 
         Raises:
             RateLimited: The expected wait exceeds the timeout. A query that is already queued may
@@ -280,7 +280,7 @@ class RateLimiter:
             self._refuse_or_report_waits(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
-        # First remove a limit that is no longer needed. Otherwise it would be lowered, and kept.
+        # First remove a learned limit that is no longer needed. Otherwise `on_throttled` would lower it.
         self._remove_unneeded_limit()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit

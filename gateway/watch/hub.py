@@ -11,10 +11,10 @@ this is the event `stale`. The subscribers receive another overdue notice when t
 when the task is no longer overdue.
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
-store keeps the bodies, and limits their memory. Schedules and subscribers keep updates without large bodies,
-with one exception: each subscriber may keep the body of one unsent update. If an update was kept without its
-body, the subscriber takes the body from the store before it sends the update. If the store has evicted the
-body, the task is queried again, and the subscriber receives the new snapshot.
+store keeps the bodies, and limits their memory. Schedules and subscribers keep updates without their large
+bodies (`Update.without_large_body`). A subscriber takes the body from the store before it sends the update.
+It may keep the body of one unsent update. If the store has evicted the body, the task is queried again, and
+the subscriber receives the new snapshot.
 
 Schedules that wake together receive their responses at about the same time. All responses are parsed and
 stored first, while the code for this is in the processor's caches. The changes are published afterwards, a
@@ -43,7 +43,7 @@ from gateway.watch.schedules import Schedules
 from gateway.watch.subscriber import OverdueNotice, Subscriber, SubscriptionKind, Update
 from gateway.watch.watched_task import WatchedTask
 
-# Each iteration of the event loop publishes one snapshot, and an eighth of all that are not yet published.
+# Each iteration of the event loop publishes one snapshot, and an eighth of the others that are unpublished.
 _BACKLOG_DIVISOR = 8
 # Subscribers that wake in one iteration. A long poll takes 60 microseconds to respond.
 _WAKE_UPS_PER_ITERATION = 64
@@ -52,9 +52,9 @@ _WAKE_UPS_PER_ITERATION = 64
 class WatchHub:
     """Holds every subscriber, and one schedule for each watched task.
 
-    The attribute `deliver_directly` is called with each update and its recipients. It returns the subscribers
-    that must keep the update as unsent: by default, all recipients. `unanswered_tasks` counts the watched
-    tasks without a snapshot, and the new tasks of waiting requests. `clock` is that of `Snapshot.fetched_at`.
+    `direct_delivery_hook`, which `api/events.py` replaces, receives each update and its recipients. It
+    returns the subscribers that must keep the update as unsent: by default, all. `unanswered_tasks` counts
+    watched tasks without a snapshot, and new tasks of waiting requests. `clock`: for `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class WatchHub:
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )
-        # Tasks with an unpublished snapshot, the oldest first.
+        # Tasks that have received an unpublished snapshot, the oldest first. It may be published by now.
         self._unpublished_keys: deque[TaskKey] = deque()
         self._shutting_down = False
-        self.deliver_directly: Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]] = (
+        self.direct_delivery_hook: Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]] = (
             lambda _, subscribers: subscribers
         )
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
@@ -199,8 +199,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # If both have the same content, send `servable_result`, which has its body. Otherwise send
-            # `published`; if that has no body, the subscriber loads the body first.
+            # `servable_result` has its body, but may have another content than `published`. Send it only if
+            # the content is the same. If `published` has no body, the subscriber loads the body first.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])
@@ -209,7 +209,7 @@ class WatchHub:
         # - The task counts as not found, but the upstream may know the task by now.
         # - The store has no snapshot that may be served: the snapshot is too old, evicted or outdated.
         # - The client has received a newer snapshot.
-        # One refresh serves all subscribers that join before the refresh ends.
+        # All subscribers that join before this refresh ends share its in-flight request.
         watched.subscribers_awaiting_refresh.add(subscriber)
         self._schedules.refresh_now(watched)
 
@@ -225,18 +225,18 @@ class WatchHub:
             self._overdue_keys.discard(key)
             self._stop_counting_as_unanswered(watched)
             self._schedules.stop(watched)
-        elif watched.charged_client == subscriber.client:  # count it for another one
+        elif watched.unanswered_of_client == subscriber.client:  # count it for another one
             self._stop_counting_as_unanswered(watched)
             self._count_as_unanswered(watched, next(iter(watched.subscribers)).client)
 
     def _count_as_unanswered(self, watched: WatchedTask, client: bytes) -> None:
-        watched.charged_client = client
+        watched.unanswered_of_client = client
         self.unanswered_tasks.add(client)
 
     def _stop_counting_as_unanswered(self, watched: WatchedTask) -> None:
-        if watched.charged_client is not None:
-            self.unanswered_tasks.remove(watched.charged_client)
-            watched.charged_client = None
+        if watched.unanswered_of_client is not None:
+            self.unanswered_tasks.remove(watched.unanswered_of_client)
+            watched.unanswered_of_client = None
 
     def _add_unpublished(self, snapshot: Snapshot) -> None:
         watched = self._watched.get(snapshot.key)
@@ -251,7 +251,7 @@ class WatchHub:
         watched.unpublished_snapshot = snapshot
 
     def _publish_some(self) -> None:
-        """Publish a few of the unpublished snapshots: at least one, and more when the backlog is longer."""
+        """Publish the unpublished snapshots of a few tasks, and of more tasks when the backlog is longer."""
         try:
             for _ in range(1 + len(self._unpublished_keys) // _BACKLOG_DIVISOR):
                 self._publish_unpublished(self._unpublished_keys.popleft())
@@ -286,8 +286,8 @@ class WatchHub:
             else watched.subscribers
         )
         watched.published_update = reduced = update.without_large_body()
+        remaining = self.direct_delivery_hook(update, recipients)
         # `put` refuses the update if the client has a newer one. The subscriber then awaits a refresh.
-        remaining = self.deliver_directly(update, recipients)
         have_newer = {each for each in remaining if not each.put(update, reduced)}
         if watched.overdue_error is not None:
             self._put_overdue_notice(watched, recipients - have_newer)

@@ -29,7 +29,7 @@ _TICKS = 50  # then the timer stops, until a reader of the cache starts it again
 _QUIET_ITERATIONS = 4
 _CATCH_UP_SECONDS = 1.0  # limit: messages may arrive as fast as they are read
 _PING_SECONDS = 1.0
-_LONGEST_TRIP_SECONDS = 1.0  # maximum of `delay`
+_LONGEST_TRIP_SECONDS = 1.0  # maximum of `round_trip_seconds`
 
 
 class Subscription:
@@ -39,7 +39,7 @@ class Subscription:
     every message that reached this process more than `PAUSE_SECONDS` ago has been read.
 
     Attributes:
-        delay: Estimated time between sending and arrival of a message, in seconds: the last round trip.
+        round_trip_seconds: Estimated time between sending and arrival of a message: the last round trip.
         lost: Done when the connection has failed; its result is the reason.
     """
 

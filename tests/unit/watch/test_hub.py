@@ -72,7 +72,7 @@ def listen(watch: WatchHub) -> list[str | None]:
         published.extend(etags([update]))
         return ()
 
-    watch.deliver_directly = deliver
+    watch.direct_delivery_hook = deliver
     return published
 
 
@@ -205,7 +205,7 @@ async def test_watch_delivers_directly_only_to_idle_subscribers(watch: WatchHub,
         delivered.append(update.snapshot.etag)
         return []
 
-    watch.deliver_directly = deliver
+    watch.direct_delivery_hook = deliver
     direct_transport = asyncio.WriteTransport()
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         subscriber.direct_transport = direct_transport
@@ -261,7 +261,7 @@ async def test_watch_publishes_more_per_turn_when_the_backlog_grows(
 ) -> None:
     """With changes in every turn of a busy loop, none is lost and none waits for long."""
     published: list[int] = []
-    watch.deliver_directly = lambda update, _: published.append(int(update.key.task_id)) or ()  # type: ignore[func-returns-value]
+    watch.direct_delivery_hook = lambda update, _: published.append(int(update.key.task_id)) or ()  # type: ignore[func-returns-value]
     waiting = set[int]()
     most = 0
     with watch.subscribe([of(str(number), "0").key for number in range(1000)], SubscriptionKind.EVENTS):
@@ -303,7 +303,7 @@ async def test_watch_continues_after_an_error_in_delivery(watch: WatchHub, store
         published.extend(etags([update]))
         raise ZeroDivisionError
 
-    watch.deliver_directly = deliver
+    watch.direct_delivery_hook = deliver
     with watch.subscribe([KEY, of("b", "0").key], SubscriptionKind.EVENTS):
         for change in (snapshot("1"), of("b", "2")):
             store.put(change)
@@ -781,7 +781,7 @@ async def test_watch_continues_after_a_bug_in_a_refresh(service: ManualService, 
         if fault == "fetching":
             service.answers.put_nowait(ZeroDivisionError())
         else:
-            watch.deliver_directly = broken
+            watch.direct_delivery_hook = broken
             service.answers.put_nowait(snapshot("0"))
         [update] = await received(subscriber)
         assert update.failure is not None
@@ -789,7 +789,7 @@ async def test_watch_continues_after_a_bug_in_a_refresh(service: ManualService, 
         with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as second:
             [update] = await received(second)
             assert update.failure is not None
-        watch.deliver_directly = lambda _, subscribers: subscribers
+        watch.direct_delivery_hook = lambda _, subscribers: subscribers
         service.asked.clear()
         store.put(snapshot("1"))  # ends the backoff
         assert etags(await received(subscriber)) == ["1"]
@@ -942,7 +942,7 @@ async def test_failures_of_tasks_with_many_subscribers_are_published_in_turn(
     """When many calls fail together, each turn of the loop publishes the failure of one such task."""
     keys = [of(f"task-{number}", "").key for number in range(10)]
     published: list[TaskKey] = []
-    watch.deliver_directly = lambda update, _: published.append(update.key) or ()
+    watch.direct_delivery_hook = lambda update, _: published.append(update.key) or ()
     with ExitStack() as stack:
         for _ in range(200):
             stack.enter_context(watch.subscribe(keys, SubscriptionKind.EVENTS))
@@ -1022,7 +1022,7 @@ async def test_watch_publishes_the_newest_of_two_failures_that_wait(
             published.append(update.failure)
         return []
 
-    watch.deliver_directly = deliver
+    watch.direct_delivery_hook = deliver
     with ExitStack() as stack:
         for _ in range(99):
             stack.enter_context(watch.subscribe(keys, SubscriptionKind.EVENTS))
