@@ -248,9 +248,7 @@ def test_replicas_are_behind_for_a_moment_at_most(
     assert latest.progress >= 0.015
 
 
-def test_replicas_streams_share_a_schedule(
-    upstream: RawUpstream, start: Callable[..., list[Gateway]]
-) -> None:
+def test_replicas_streams_share_a_schedule(start: Callable[..., list[Gateway]]) -> None:
     """Streams of one task on all replicas share one schedule: each receives every result of any replica."""
     replicas = start(cache={"running_seconds": 0.4})
     task_id = fresh_id()
@@ -263,7 +261,8 @@ def test_replicas_streams_share_a_schedule(
         assert one == sorted(one)
         # With one schedule per replica, every third result would be its own.
         assert one[-1] - one[0] <= 0.008
-    assert all(replica.metric("upstream_requests_total") < len(upstream.requests) for replica in replicas)
+    # Each response of the upstream is another one, so a result that all replicas show came from one of them.
+    assert set.intersection(*map(set, told))
 
 
 def test_replicas_share_a_failure(upstream: RawUpstream, start: Callable[..., list[Gateway]]) -> None:
