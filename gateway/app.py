@@ -127,7 +127,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     def degraded() -> list[str]:
         store_trouble = [f"store: {store.trouble}"] if store.trouble else []
         return [
-            *(f"upstream: {signed_calls.with_cause(code)}" for code in upstream.problem_codes),
+            *(f"upstream: {signed_calls.format_with_cause(code)}" for code in upstream.problem_codes),
             *store_trouble,
             *credentials.describe_faults(),
             *rotation.describe_faults(),

@@ -68,7 +68,7 @@ class Snapshot(msgspec.Struct, frozen=True, eq=False):
         """Set `terminal`."""
         force_setattr(self, "terminal", self.status is not None and self.status.terminal)
 
-    def is_not_older_than(self, revision: int) -> bool:
+    def may_follow(self, revision: int) -> bool:
         """Return whether the snapshot is not older than the body with this revision, or is final."""
         return self.version >= revision or self.revision == revision or self.terminal
 

@@ -22,7 +22,7 @@ class ServeStaleRules:
         self._store = store
         self._clock = clock
 
-    def apply(
+    def serve_stale(
         self, snapshot: Snapshot, age: float, failure: GatewayError | None = None
     ) -> FoundSnapshot | None:
         """Return what a caller receives of a stale snapshot, or None if the snapshot is too old.
@@ -42,7 +42,7 @@ class ServeStaleRules:
         """Tell whether this snapshot may be served instead of a failure (stale-if-error)."""
         return (
             snapshot is not None
-            and snapshot.is_not_older_than(seen_revision)
+            and snapshot.may_follow(seen_revision)
             and self._clock() - snapshot.fetched_at <= self._settings.stale_if_error_seconds
         )
 

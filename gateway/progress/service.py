@@ -39,8 +39,8 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.task_query_state import TaskQueryState
 
-# A caller waits for a further in-flight request if the snapshot is older than the revision that its client
-# has seen. This is the maximum number of in-flight requests that it waits for.
+# If the snapshot that an in-flight request returns is older than the one that the client has seen, the caller
+# waits for the next in-flight request. This is the maximum number of in-flight requests that it waits for.
 _MAX_JOINED_IN_FLIGHT_REQUESTS = 3
 _REFRESH_AHEAD_READS = 2  # the second read of a fresh snapshot schedules its refresh ahead of expiry
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
@@ -99,13 +99,13 @@ class ProgressService:
         if entry is None:
             return None
         snapshot = entry.snapshot
-        if seen_revision and not snapshot.is_not_older_than(seen_revision):
+        if seen_revision and not snapshot.may_follow(seen_revision):
             return None
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
             self._on_hit(entry, age)
             return FoundSnapshot(snapshot, age, _HIT, entry=entry)
-        result = self._serve_stale_rules.apply(snapshot, age)
+        result = self._serve_stale_rules.serve_stale(snapshot, age)
         if result is None:
             return None
         if result.failure is None:
@@ -158,13 +158,13 @@ class ProgressService:
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
-    def refuse_lookup(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
+    def count_refused_lookup(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
         """Count a lookup that is refused; return the cached failure of the task, or else `failure`."""
         self._metrics.count(key.operation, CacheStatus.NEGATIVE)
         return LookupFailure(key, self._store.cached_failure(key) or failure, CacheStatus.NEGATIVE)
 
     def count_lookup(self, outcome: FoundSnapshot | LookupFailure) -> None:
-        """Count one lookup with this outcome. Waiting requests call it, because `peek` counts none."""
+        """Count one lookup with this outcome, for batches and long polls: their `peek` counts none."""
         self._metrics.count(outcome.key.operation, outcome.cache_status)
         if isinstance(outcome, FoundSnapshot):
             self._metrics.record_age(outcome.snapshot, outcome.age)
@@ -181,26 +181,26 @@ class ProgressService:
             entry = self._store.current_entry(key)
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
-        if snapshot is None or age >= snapshot.lifetime or not snapshot.is_not_older_than(seen_revision):
+        if snapshot is None or age >= snapshot.lifetime or not snapshot.may_follow(seen_revision):
             return await self._wait(key, None, until_done=True, seen_revision=seen_revision)
         return FoundSnapshot(snapshot, age, CacheStatus.HIT)
 
     def peek(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
         """Return the snapshot in the store, but count no lookup and start no refresh.
 
-        `ServeStaleRules.apply` decides how old a stale snapshot may be. A stale snapshot is returned with the
-        failure from `OverdueDetector.error`, or else with the cached failure, if there is one.
+        `serve_stale` decides how old a stale snapshot may be. A stale snapshot is returned with the failure
+        from `OverdueDetector.error`, or else with the cached failure, if there is one.
         """
         entry = self._store.current_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
-        if seen_revision and not snapshot.is_not_older_than(seen_revision):
+        if seen_revision and not snapshot.may_follow(seen_revision):
             return None
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
             return FoundSnapshot(snapshot, age, CacheStatus.HIT)
-        return self._serve_stale_rules.apply(snapshot, age, self.overdue_detector.error(key))
+        return self._serve_stale_rules.serve_stale(snapshot, age, self.overdue_detector.error(key))
 
     def age(self, snapshot: Snapshot) -> float:
         """Return the age of a snapshot, in seconds."""
@@ -275,12 +275,13 @@ class ProgressService:
         if client is not None:
             self._in_flight.add_caller(key, client)
         try:
+            # Without a stale snapshot to return, a caller gains nothing if it stops waiting early.
             until_done = until_done or not self._serve_stale_rules.may_replace_failure(known, seen_revision)
             requirement = Requirement(seen_revision=seen_revision)
             for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
                 fetch_outcome = await self._wait_once(key, requirement, until_done=until_done)
                 fetched = fetch_outcome.snapshot_or_error
-                if isinstance(fetched, GatewayError) or fetched.is_not_older_than(seen_revision):
+                if isinstance(fetched, GatewayError) or fetched.may_follow(seen_revision):
                     break
                 # The in-flight request was started for another requirement: wait for a further one.
                 requirement = requirement._replace(newer_than=fetched.version)

@@ -58,7 +58,7 @@ class Requirement(NamedTuple):
 
     def is_met_by(self, snapshot: Snapshot) -> bool:
         """Tell whether this snapshot, if it is fresh, makes a query unnecessary."""
-        return snapshot.version > self.newer_than and snapshot.is_not_older_than(self.seen_revision)
+        return snapshot.version > self.newer_than and snapshot.may_follow(self.seen_revision)
 
 
 ANY_FRESH = Requirement()

@@ -155,7 +155,7 @@ class UpstreamClient:
             on_expected_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry, but not before a repeat on a new connection.
             query_state: The waiting callers; None if the gateway itself needs the response. Its
-                attribute `runs_to_end` is True while a call is on the wire, and after the last one.
+                attribute `runs_to_end` is True while a call is on the wire, and after the query's last call.
 
         Raises:
             UpstreamError: There is no response, or it is an error.

@@ -26,7 +26,7 @@ def is_gateway(user_agent: str | None) -> bool:
     return user_agent is not None and user_agent.startswith(f"{_NAME}/")
 
 
-def check_response(headers: Mapping[str, str]) -> None:
-    """Check that a response with these headers does not come from a gateway. Raises: UpstreamIsGateway."""
+def refuse_gateway_response(headers: Mapping[str, str]) -> None:
+    """Refuse the headers of a response that comes from another gateway. Raises: UpstreamIsGateway."""
     if headers.get("x-gateway") == _NAME:
         raise UpstreamIsGateway(MESSAGE, cause=MESSAGE)

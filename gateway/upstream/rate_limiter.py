@@ -106,7 +106,7 @@ class RateLimiter:
     ) -> None:
         self._limit = AdaptiveRateLimit(requests_per_second or math.inf)
         self._clock = clock
-        self._next_report_at = 0.0  # a reply of the store causes no report of waits before this time
+        self._next_report_at = 0.0  # waits are reported after the first reply of the store from then on
         self._call_later = call_later
         self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
@@ -157,10 +157,10 @@ class RateLimiter:
             timeout_seconds: The longest wait. The timer may add up to 0.1 s.
             on_expected_wait: Called with the expected wait in seconds, at two kinds of moments:
                 - when the query is put into the queue, if the wait is at least `MIN_REPORTED_WAIT_SECONDS`
-                - while the query is in the queue, whenever the limit falls or a pause begins, and after
-                  replies about shared permits, at most every 0.2 s; the expected wait may be 0
+                - while the query is queued, each time the limit falls or a pause begins, and after replies
+                  about shared permits, but these at most every 0.2 s; the expected wait may be 0
             query_state: The clients that wait for the response. None: the gateway itself needs the response.
-                A first query is put into the queue of one of these clients. Others may join after that.
+                Each client has a queue of first queries. A first query enters that of one of these clients.
 
         Raises:
             RateLimited: The expected wait exceeds the timeout. A query that is already queued may
@@ -200,19 +200,18 @@ class RateLimiter:
         state.queue_entry = query
         self._serve_queue()
         try:
-            retry_after = await future
+            refused_retry_after = await future
         except asyncio.CancelledError:
             self._queue.discard(query)
             if future.cancelled():
                 self._serve_queue()  # cancel the timer if no other query waits
-            elif future.result() is None:
-                # The query received a permit, and was cancelled before it could use it.
+            elif future.result() is None:  # it has received a permit, and cannot use it
                 self._return_token()
             raise
         finally:
             state.queue_entry = None
-        if retry_after is not None:
-            raise _rate_limit_error(retry_after)
+        if refused_retry_after is not None:
+            raise _rate_limit_error(refused_retry_after)
 
     def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
         self._permits.discard(permit)
@@ -241,11 +240,12 @@ class RateLimiter:
             self._timer = None
         wait = self._seconds_until_token(0)
         if self._shared is not None:
-            # A permit that is taken here is lost for other replicas, so request only what can be used now.
+            # Other replicas lose the permits that are taken here: request what each queue can use now.
             usable = math.floor(self._tokens + _ROUNDING) if wait == 0 else 0
             refreshes = min(self._queue.count(is_refresh=True), usable)
             first_queries = min(self._queue.count(is_refresh=False), usable)
             self._shared.request(refreshes=refreshes, first_queries=first_queries)
+        # With a token, only a shared permit is missing, and the store's reply calls this method.
         if self._queue and (self._shared is None or wait > 0):
             call_later = self._call_later or asyncio.get_running_loop().call_later
             self._timer = call_later(max(wait, _TIMER_RESOLUTION_SECONDS), self._serve_queue)

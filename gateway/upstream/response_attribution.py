@@ -63,7 +63,7 @@ class ResponseAttribution:
         if self._failed_tasks:
             self._failed_tasks.pop(key, None)
 
-    def check_failure(self, key: TaskKey, response: HttpResponse, error: UpstreamError) -> bool:
+    def may_reuse_connection(self, key: TaskKey, response: HttpResponse, error: UpstreamError) -> bool:
         """Return whether the connection of a failure may be reused: only if it concerns the account.
 
         Args:

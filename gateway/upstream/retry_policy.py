@@ -30,7 +30,7 @@ from gateway.domain.errors import UnattributedResponse, UpstreamError
 _BACKOFF_SECONDS = 0.1  # upper bound of the first delay; doubled for each further retry
 # The retry budget: each query adds 0.2 retries, up to 10 in total. When the budget is used up, there is at
 # most one retry for five queries. So a failing upstream does not receive a multiple of the usual load.
-_RETRIES_PER_QUERY = 0.2
+_BUDGET_PER_QUERY = 0.2
 _MAX_BUDGET = 10.0
 
 
@@ -43,7 +43,7 @@ class RetryPolicy:
 
     def on_query(self) -> None:
         """Add 0.2 retries to the budget; call it once for each new query."""
-        self._budget = min(self._budget + _RETRIES_PER_QUERY, _MAX_BUDGET)
+        self._budget = min(self._budget + _BUDGET_PER_QUERY, _MAX_BUDGET)
 
     def take_retry(self, error: UpstreamError, *, retries: int, max_delay_seconds: float) -> float | None:
         """Take one retry out of the budget, and return the delay before it in seconds.

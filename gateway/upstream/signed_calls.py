@@ -1,9 +1,9 @@
 """One signed call: sign, send, read a bounded response, and parse it.
 
-    send -> send_unparsed: sign, send, read -> parse_response -> a ParsedResponse, or an UpstreamError
+    send: sign, send, read -> parse_response -> a ParsedResponse, or an UpstreamError
 
 If the upstream refuses the timestamp of a call, later calls are signed with the upstream's time, which the
-`Date` header of its response shows. In this package, only this module and the HTTP transport use httpx.
+`Date` header of its response shows. The exceptions of the transports are httpx's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from gateway.upstream.create_transport import create_transport
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.egress_proxy import find_proxy
 from gateway.upstream.header_values import parse_http_date, parse_retry_after
-from gateway.upstream.loop_detection import check_response
+from gateway.upstream.loop_detection import refuse_gateway_response
 from gateway.upstream.response_attribution import ResponseAttribution
 from gateway.upstream.signing import signed_headers
 from gateway.upstream.transport import HttpResponse, explain_failure, is_certificate_error
@@ -89,9 +89,14 @@ def random_uuid() -> str:
 
 
 class SignedCalls:
-    """Sends signed calls. Use it with `async with`. `proxy` is the egress proxy that carries them, if any.
+    """Sends signed calls. Use it with `async with`.
 
     `nonce` returns a new nonce for each call. `clock` returns Unix time in seconds.
+
+    Attributes:
+        proxy: The egress proxy, if any.
+        clock_offset: Seconds to add to the gateway's clock when signing.
+        last_error_code: The problem code of the last call; None if it returned an envelope.
     """
 
     def __init__(
@@ -117,7 +122,7 @@ class SignedCalls:
             "user-agent": user_agent,
             "accept-encoding": "identity",
         }
-        self._targets = {
+        self._request_targets = {
             operation: endpoint.join(operation.path).raw_path.decode("ascii") for operation in Operation
         }
         # Cached, because looking up labels takes longer than counting. Operations and outcomes are few.
@@ -135,8 +140,8 @@ class SignedCalls:
         )
         metrics.upstream_in_flight.set_function(lambda: transport.in_flight)
         self._attribution = ResponseAttribution(transport)
-        self.clock_offset = 0.0  # seconds to add to the gateway's clock when signing
-        self.last_error_code: str | None = None  # of the last call; None if it returned an envelope
+        self.clock_offset = 0.0
+        self.last_error_code: str | None = None
         self._last_cause = ""  # of the error of the last call
         self._log_sampler = LogSampler(first=1, every=10_000, window_seconds=_CAUSE_LOG_SECONDS)
 
@@ -148,7 +153,7 @@ class SignedCalls:
         """Close every connection."""
         await self._transport.aclose()
 
-    def with_cause(self, code: str) -> str:
+    def format_with_cause(self, code: str) -> str:
         """Return a problem code, followed by the cause if the last call failed with this code."""
         return f"{code}: {self._last_cause}" if self._last_cause and code == self.last_error_code else code
 
@@ -201,7 +206,7 @@ class SignedCalls:
         )
         try:
             response = await self._transport.send(
-                self._targets[key.operation],
+                self._request_targets[key.operation],
                 self._fixed_headers | headers,
                 body,
                 timeout_seconds=self._settings.attempt_timeout_seconds,
@@ -230,12 +235,12 @@ class SignedCalls:
 
     def parse_response(self, response: RawResponse, key: TaskKey) -> ParsedResponse:
         """Return the parsed response if it is a successful envelope. Raises: UpstreamError if it is not."""
-        check_response(response.headers)
+        refuse_gateway_response(response.headers)
         code = response.headers.get("x-ca-error-code", "")
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
             body, redact = response.body, self._redactor
-            # `_send` searches larger bodies, in pieces.
+            # A small body is searched here, first quickly. `_send` searches a large body, in pieces.
             may_leak = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
                 body, response.request_headers["x-ca-signature"]
             )
@@ -270,8 +275,9 @@ class SignedCalls:
         self, key: TaskKey, pair: KeyPair, span: SpanRecord, on_complete: Callable[[], None]
     ) -> ParsedResponse:
         operation = key.operation
-        outcome = UpstreamTimeout.code  # also if the query's deadline cancels the call
-        cause = self._last_cause if self.last_error_code == outcome else ""  # it has no cause of its own then
+        # A call that the query's deadline cancels counts as a timeout, with the cause of the last timeout.
+        outcome = UpstreamTimeout.code
+        cause = self._last_cause if self.last_error_code == outcome else ""
         started = time.perf_counter()
         received: HttpResponse | None = None
         reuse_connection = False
@@ -288,8 +294,7 @@ class SignedCalls:
                 self._correct_clock(skew)
                 raise
             except UpstreamRejected as exc:
-                # `envelope` is not the body if the body was too large to be searched for secrets in one step.
-                # Here it is searched in several steps.
+                # If the body is too large to search in one step, `exc.envelope` has only the known fields.
                 if exc.envelope != response.body and await is_free_of_secrets(
                     response.body, self.redactor_of(response)
                 ):
@@ -302,7 +307,7 @@ class SignedCalls:
         except UpstreamError as exc:
             outcome, span.invoke_id, cause = exc.code, exc.invoke_id, exc.cause
             if received is not None:
-                reuse_connection = self._attribution.check_failure(key, received, exc)
+                reuse_connection = self._attribution.may_reuse_connection(key, received, exc)
             elif cause and (suppressed := self._log_sampler.take(cause)) is not None:
                 log.warning("upstream_unreachable", operation=operation, reason=cause, suppressed=suppressed)
             raise

@@ -6,7 +6,8 @@
 
 The tables below classify every error response that is not an envelope. The message is looked up first: if it
 matches a row of `BY_MESSAGE`, the code has no effect. A code consists of a class letter, the HTTP status and
-two letters. Older deployments send no code. Their HTTP status is 400 or 403 where newer ones send 401 or 429.
+two letters or digits. Older deployments send no code. Their HTTP status is 400 or 403 where newer ones send
+401 or 429.
 Source: the vendor's API Gateway documentation, "error codes".
 """
 

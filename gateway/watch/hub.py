@@ -11,10 +11,10 @@ this is the event `stale`. The subscribers receive another overdue notice when t
 when the task is no longer overdue.
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
-store keeps the bodies, and limits their memory. Schedules and subscribers keep updates without their large
-bodies (`Update.without_large_body`). A subscriber takes the body from the store before it sends the update.
-It may keep the body of one unsent update. If the store has evicted the body, the task is queried again, and
-the subscriber receives the new snapshot.
+store keeps the bodies, and limits their memory. Schedules keep updates without their large bodies
+(`Update.without_large_body`). A subscriber keeps the large body of at most one unsent update. It takes the
+others from the store when it sends their updates. If the store has evicted a body, the task is queried again,
+and the subscriber receives the new snapshot.
 
 Schedules that wake together receive their responses at about the same time. All responses are parsed and
 stored first, while the code for this is in the processor's caches. The changes are published afterwards, a
@@ -43,7 +43,7 @@ from gateway.watch.schedules import Schedules
 from gateway.watch.subscriber import OverdueNotice, Subscriber, SubscriptionKind, Update
 from gateway.watch.watched_task import WatchedTask
 
-# Each iteration of the event loop publishes one snapshot, and an eighth of the others that are unpublished.
+# Each iteration of the event loop publishes one snapshot, and an eighth of those that are unpublished.
 _BACKLOG_DIVISOR = 8
 # Subscribers that wake in one iteration. A long poll takes 60 microseconds to respond.
 _WAKE_UPS_PER_ITERATION = 64
@@ -54,7 +54,7 @@ class WatchHub:
 
     `direct_delivery_hook`, which `api/events.py` replaces, receives each update and its recipients. It
     returns the subscribers that must keep the update as unsent: by default, all. `unanswered_tasks` counts
-    watched tasks without a snapshot, and new tasks of waiting requests. `clock`: for `Snapshot.fetched_at`.
+    watched tasks without a snapshot, and new tasks of waiting requests. `clock`: that of `fetched_at`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class WatchHub:
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )
-        # Tasks that have received an unpublished snapshot, the oldest first. It may be published by now.
+        # Tasks in the order in which their snapshots arrived; some may have been published meanwhile.
         self._unpublished_keys: deque[TaskKey] = deque()
         self._shutting_down = False
         self.direct_delivery_hook: Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]] = (
@@ -188,10 +188,10 @@ class WatchHub:
         watched = self._watched.get(key) or self._start_watching(key, subscriber.client)
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
-        servable_result = self._service.peek(key, seen_revision)
         # Publish the unpublished snapshot before the subscriber is added, so that `published` is the latest.
+        # This method does not await, so no change is lost between the steps.
         self._publish_unpublished(key)
-        # This method does not await, so no change is lost between these steps.
+        servable_result = self._service.peek(key, seen_revision)
         watched.subscribers.add(subscriber)
         self._service.add_caller(key, subscriber.client)
         published = watched.published_update
@@ -199,8 +199,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # `servable_result` has its body, but may have another content than `published`. Send it only if
-            # the content is the same. If `published` has no body, the subscriber loads the body first.
+            # `published` has no large body: send `servable_result`, which has one, if the content is equal.
+            # They differ if the store has lost the snapshot of a task that has ended, and has another one.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])
@@ -209,7 +209,7 @@ class WatchHub:
         # - The task counts as not found, but the upstream may know the task by now.
         # - The store has no snapshot that may be served: the snapshot is too old, evicted or outdated.
         # - The client has received a newer snapshot.
-        # All subscribers that join before this refresh ends share its in-flight request.
+        # So start a refresh. All subscribers that join before it ends share its in-flight request.
         watched.subscribers_awaiting_refresh.add(subscriber)
         self._schedules.refresh_now(watched)
 
@@ -225,18 +225,18 @@ class WatchHub:
             self._overdue_keys.discard(key)
             self._stop_counting_as_unanswered(watched)
             self._schedules.stop(watched)
-        elif watched.unanswered_of_client == subscriber.client:  # count it for another one
+        elif watched.counted_for_client == subscriber.client:  # count it for another one
             self._stop_counting_as_unanswered(watched)
             self._count_as_unanswered(watched, next(iter(watched.subscribers)).client)
 
     def _count_as_unanswered(self, watched: WatchedTask, client: bytes) -> None:
-        watched.unanswered_of_client = client
+        watched.counted_for_client = client
         self.unanswered_tasks.add(client)
 
     def _stop_counting_as_unanswered(self, watched: WatchedTask) -> None:
-        if watched.unanswered_of_client is not None:
-            self.unanswered_tasks.remove(watched.unanswered_of_client)
-            watched.unanswered_of_client = None
+        if watched.counted_for_client is not None:
+            self.unanswered_tasks.remove(watched.counted_for_client)
+            watched.counted_for_client = None
 
     def _add_unpublished(self, snapshot: Snapshot) -> None:
         watched = self._watched.get(snapshot.key)
@@ -276,7 +276,7 @@ class WatchHub:
             # The task has ended: drop every update that is not final. If the store has evicted the terminal
             # snapshot, it may report one that is not terminal.
             return
-        watched.unpublished_failure = None  # it is older
+        watched.unpublished_failure = None  # older than this update
         if update.snapshot is not None:
             self._stop_counting_as_unanswered(watched)
             watched.mark_found()
@@ -333,8 +333,8 @@ class WatchHub:
         None means that the subscriber has a newer update to send, that the store has no snapshot, or that the
         task has ended and the snapshot in the store is not terminal.
         """
-        snapshot = self._last_known(reduced.key)
         self._publish_unpublished(reduced.key)
+        snapshot = self._last_known(reduced.key)
         if subscriber.has_unsent(reduced.key) or snapshot is None:
             return None
         return None if reduced.is_final and not snapshot.terminal else Update(reduced.key, snapshot)

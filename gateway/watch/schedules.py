@@ -257,7 +257,7 @@ class Schedules:
         one was set back, newer snapshots have smaller versions for a while.
         """
         latest = self._service.peek(snapshot.key)
-        return latest is not None and not snapshot.is_not_older_than(latest.snapshot.revision)
+        return latest is not None and not snapshot.may_follow(latest.snapshot.revision)
 
     def _publish_in_turn(self, watched: WatchedTask, failure: GatewayError) -> None:
         """Publish a failure. If many tasks fail together, they take turns.

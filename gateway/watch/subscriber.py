@@ -188,7 +188,7 @@ class Subscriber:
         received a newer snapshot.
         """
         if self.seen_revisions and update.snapshot is not None:
-            if not update.snapshot.is_not_older_than(self.seen_revisions.get(update.key, 0)):
+            if not update.snapshot.may_follow(self.seen_revisions.get(update.key, 0)):
                 return False
             self.seen_revisions.pop(update.key, None)  # later snapshots are newer
         if self._key_with_body is None or self._key_with_body == update.key:

@@ -28,7 +28,7 @@ class WatchedTask:
             the next iterations of the event loop.
         unpublished_failure: A newer failure, which waits for its turn to be published. Every published update
             replaces it.
-        unanswered_of_client: The client for which it counts in `UnansweredTasks`; None if it does not.
+        counted_for_client: The client for which the task counts in `UnansweredTasks`; None if it does not.
         seen_revision: The newest revision that the client of any subscriber had received when it joined.
         runner: The asyncio task that runs the schedule; None when it is stopped.
         refreshing: The runner waits for the result of a refresh.
@@ -45,7 +45,7 @@ class WatchedTask:
     published_update: Update | None = None
     unpublished_snapshot: Snapshot | None = None
     unpublished_failure: GatewayError | None = None
-    unanswered_of_client: bytes | None = None
+    counted_for_client: bytes | None = None
     seen_revision: int = 0
     runner: asyncio.Task[None] | None = None
     refreshing: bool = False

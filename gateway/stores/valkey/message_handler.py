@@ -20,6 +20,7 @@ from gateway.domain.task import TaskKey
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.codec import InvalidStoredValue, StoredFacts
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
+from gateway.stores.valkey.lease_waiters import LeaseWaiters
 from gateway.stores.valkey.leases import Leases
 from gateway.stores.valkey.messages import (
     SNAPSHOT_MISSING,
@@ -33,7 +34,6 @@ from gateway.stores.valkey.shared_snapshots import (
     require_new_query,
     supersedes,
 )
-from gateway.stores.valkey.waiters import Waiters
 
 _MAX_TO_RESTORE = 10_000  # tasks; further ones are not stored when the server is available again
 
@@ -48,7 +48,7 @@ class MessageHandler:
         connection: StoreConnection,
         snapshots: SharedSnapshots,
         leases: Leases,
-        waiters: Waiters,
+        waiters: LeaseWaiters,
         start: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         self._memory = memory
@@ -167,7 +167,7 @@ class MessageHandler:
             return
         try:
             reply = await self._snapshots.write("restore", snapshot, known_version=snapshot.version)
-            self._snapshots.apply(key, reply)
+            self._snapshots.put_reply(key, reply)
             entry = self._memory.entry(key)
             if reply.kind == b"refused" and entry is not None and entry.snapshot is snapshot:
                 # The queries have overlapped, and the other replicas serve the stored snapshot.

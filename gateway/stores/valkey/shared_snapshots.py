@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 
 class SharedSnapshots:
-    """The snapshots on the server. `memory` is the local cache.
+    """Moves snapshots between the server and `memory`, the local cache, which is the store itself.
 
     `lifetimes`: how long snapshots are fresh here, in seconds, by status; the key None is for results.
     """
@@ -55,7 +55,7 @@ class SharedSnapshots:
         """Read the snapshot of a task into memory. Raises: StoreUnavailable, InvalidStoredValue."""
         entry = self._memory.entry(key)
         known_version = 0 if entry is None else entry.snapshot.version
-        self.apply(key, await self._operations.read(key, known_version=known_version))
+        self.put_reply(key, await self._operations.read(key, known_version=known_version))
 
     async def write(self, lease_token: str, snapshot: Snapshot, *, known_version: int) -> Reply:
         """Run `commit.lua`; it announces the snapshot. Raises: StoreUnavailable, InvalidStoredValue.
@@ -79,16 +79,17 @@ class SharedSnapshots:
         """Tell whether this replica writes the snapshot now. Its message may arrive before the reply."""
         return (key, version) in self._being_written
 
-    def apply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
+    def put_reply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
         """Store the snapshot of a reply in memory if it `supersedes` the present one.
 
-        If it is not terminal, and it is unknown which of the two is newer, require a new query instead.
-        Return the snapshot that is in memory then; None if there is none. Raises: InvalidStoredValue.
+        If the reply's snapshot is not terminal, and it is unknown which of the two is newer, keep the present
+        one and require a new query. In all cases, return the snapshot that is in memory at the end; None if
+        there is none. Raises: InvalidStoredValue.
         """
         entry, facts = self._memory.entry(key), reply.facts
         if entry is not None and not supersedes(facts, entry.snapshot):
-            # The server has none that supersedes it. If the server has lost an announced newer version, the
-            # entry stays outdated until the task is queried again.
+            # The server has no snapshot that supersedes the present one. If another replica has announced
+            # one, the server has lost it, and the entry is outdated until the task is queried again.
             entry.outdated = entry.announced_version > entry.snapshot.version
             return entry.snapshot
         if not reply.value:
@@ -110,12 +111,12 @@ class SharedSnapshots:
             return entry.snapshot
         return self._memory.put(snapshot, fetched_here=False)
 
-    def put_with_same_body(self, snapshot: Snapshot, facts: StoredFacts) -> None:
-        """Store an announced snapshot with the same body as this one, without reading it from the server."""
+    def put_with_same_body(self, known: Snapshot, facts: StoredFacts) -> None:
+        """Store an announced snapshot that has the body of a known one, without reading it again."""
         announced = replace(
-            snapshot,
+            known,
             fetched_at=self._fetched_at(facts),
-            lifetime=min(self._lifetimes[snapshot.status], facts.lifetime / MICROSECONDS),
+            lifetime=min(self._lifetimes[known.status], facts.lifetime / MICROSECONDS),
             version=facts.version,
         )
         self._memory.put(announced, fetched_here=False)
@@ -144,10 +145,12 @@ def supersedes(facts: StoredFacts, snapshot: Snapshot) -> bool:
 
 
 def queries_may_overlap(known: Snapshot, version: int, revision: int) -> bool:
-    """Tell whether the query for a known snapshot may have overlapped with the one for another snapshot.
+    """Tell whether the query for another snapshot may have begun before the body of a known one arrived.
 
-    A lease prevents that, unless the server has lost it or cannot be reached. If it has happened, it is
-    unknown which of the two responses is newer. `version` and `revision` are those of the other snapshot.
+    The version of a snapshot is the time at which its query began, and the revision is the time at which its
+    body arrived. `version` and `revision` are those of the other snapshot, which has the larger version. A
+    lease prevents overlapping queries, unless the server has lost it or cannot be reached. If two queries
+    have overlapped, it is unknown which of the two responses is newer.
     """
     return revision != known.revision and version <= known.revision
 

@@ -33,11 +33,11 @@ from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, decode_failure, encode_failure
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
+from gateway.stores.valkey.lease_waiters import LeaseWaiters
 from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
 from gateway.stores.valkey.message_handler import MessageHandler
 from gateway.stores.valkey.operations import StoreOperations
 from gateway.stores.valkey.shared_snapshots import SharedSnapshots, queries_may_overlap, require_new_query
-from gateway.stores.valkey.waiters import Waiters
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
@@ -69,7 +69,7 @@ class ValkeyStore(MemoryStore):
         super().__init__(clock=clock, **limits)
         self._error_seconds = error_seconds
         self._replica = uuid.uuid4().hex
-        self._up_to_date_until = math.inf  # on the monotonic clock: no message is unread until then
+        self._up_to_date_until = math.inf  # until then, on the monotonic clock, all messages have been read
         self._tasks: set[asyncio.Task[None]] = set()
         self._connection = StoreConnection(
             settings,
@@ -80,7 +80,7 @@ class ValkeyStore(MemoryStore):
         )
         self._operations = StoreOperations(self._connection, lease_seconds=LEASE_SECONDS)
         self._leases = Leases(self._operations)
-        self._waiters = Waiters()
+        self._waiters = LeaseWaiters()
         self._shared_snapshots = SharedSnapshots(
             self,
             connection=self._connection,
@@ -195,7 +195,7 @@ class ValkeyStore(MemoryStore):
                 reply = await self._shared_snapshots.write(lease.token, snapshot, known_version=known_version)
                 if reply.kind == b"stored":
                     return self._put_committed(lease, snapshot)
-                self._shared_snapshots.apply(lease.key, reply)
+                self._shared_snapshots.put_reply(lease.key, reply)
             except StoreUnavailable:
                 if lease.token and self._connection.up:
                     self._leases.end_in_background(lease)
@@ -208,6 +208,7 @@ class ValkeyStore(MemoryStore):
             if reply.kind == b"refused":
                 self._leases.forget(lease)
                 return previous if previous is not None and previous.fresh(self._clock()) else None
+            # The reply is "follow": the server has a newer snapshot. Build this one again as its successor.
             snapshot = build(previous)
             known_version = max(known_version, reply.facts.version)
         else:
@@ -260,7 +261,7 @@ class ValkeyStore(MemoryStore):
         known_version = 0 if entry is None else entry.snapshot.version
         min_version = requirement.newer_than + 1
         if entry is not None:
-            # If this replica's snapshot is stale by its own clock, only a newer one is a result.
+            # If this replica's snapshot is stale by the clock of the replica, a newer one is required.
             stale = not entry.snapshot.fresh(self._clock())
             min_version = max(
                 min_version, entry.announced_version, known_version + 1 if stale else known_version
@@ -274,15 +275,15 @@ class ValkeyStore(MemoryStore):
             next_version=max(local.version, min_version),
             error_seconds=self._error_seconds,
         )
-        snapshot = self._shared_snapshots.apply(key, reply)
+        snapshot = self._shared_snapshots.put_reply(key, reply)
         match reply.kind:
             case b"fresh" if snapshot is not None:
                 entry = self.entry(key)
                 overlapped = entry is not None and entry.announced_version > snapshot.version
                 if snapshot.terminal or (snapshot.fresh(self._clock()) and not overlapped):
                     return snapshot
-                # The task must be queried: the queries for the stored snapshot and for this replica's have
-                # overlapped, or the lifetime of the snapshot is shorter on this replica, or has just ended.
+                # The task must be queried, because the stored snapshot is no longer fresh on this replica, or
+                # because the queries for it and for this replica's snapshot have overlapped.
                 newer = requirement._replace(newer_than=reply.facts.version)
                 return await self._acquire_once(key, newer, token)
             case b"failure":

@@ -668,20 +668,20 @@ def test_observe_keeps_the_revision_of_an_unchanged_body(monkeypatch: pytest.Mon
         (12, 6, {0, 5, 6, 7, 9, 12}),  # the body is older, and still right
     ],
 )
-def test_snapshot_is_not_older_than_a_revision(version: int, revision: int, sufficient: set[int]) -> None:
+def test_snapshot_may_follow_a_revision(version: int, revision: int, sufficient: set[int]) -> None:
     """A snapshot is not older than a body that had arrived when its query was sent, or that it has."""
     snapshot = replace(seen(status="running"), version=version, revision=revision)
     revisions = (0, 5, 6, 7, 9, 12, 13)
-    assert {each for each in revisions if snapshot.is_not_older_than(each)} == sufficient
+    assert {each for each in revisions if snapshot.may_follow(each)} == sufficient
     ended = replace(seen(status="failed"), version=version, revision=revision)
-    assert all(map(ended.is_not_older_than, revisions)), "the end of a task is final"
+    assert all(map(ended.may_follow, revisions)), "the end of a task is final"
 
 
 @given(st.integers(0, 99), st.integers(0, 99))
-def test_snapshot_is_not_older_than_each_revision_up_to_its_version(version: int, revision: int) -> None:
+def test_snapshot_may_follow_each_revision_up_to_its_version(version: int, revision: int) -> None:
     """A snapshot that was fetched after a revision is sufficient; of the later ones, only its own."""
     snapshot = replace(seen(status="running"), version=version, revision=revision)
-    sufficient = {each for each in range(101) if snapshot.is_not_older_than(each)}
+    sufficient = {each for each in range(101) if snapshot.may_follow(each)}
     assert sufficient == {*range(version + 1), revision}
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from gateway.domain.task import TaskKey
 
 
-class Waiters:
+class LeaseWaiters:
     """The waiting in-flight requests: one per task."""
 
     def __init__(self) -> None:

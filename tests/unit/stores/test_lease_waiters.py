@@ -3,7 +3,7 @@
 import asyncio
 
 from gateway.domain.task import Operation, TaskKey
-from gateway.stores.valkey.waiters import Waiters
+from gateway.stores.valkey.lease_waiters import LeaseWaiters
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
 OTHER = KEY._replace(task_id="other")
@@ -11,7 +11,7 @@ OTHER = KEY._replace(task_id="other")
 
 async def test_waiters_wake_with_a_next_message_their_task() -> None:
     """A message completes the future of its task only, and any number of messages may follow."""
-    waiters = Waiters()
+    waiters = LeaseWaiters()
     with waiters.next_message(KEY) as message, waiters.next_message(OTHER) as other:
         assert KEY in waiters
         for _ in range(2):
@@ -24,7 +24,7 @@ async def test_waiters_wake_with_a_next_message_their_task() -> None:
 
 async def test_waiters_wake_all() -> None:
     """All futures complete, also if the waiting request leaves meanwhile."""
-    waiters = Waiters()
+    waiters = LeaseWaiters()
     keys = [KEY._replace(task_id=str(number)) for number in range(5)]
 
     async def wait(key: TaskKey) -> None:
@@ -42,7 +42,7 @@ async def test_waiters_wake_all() -> None:
 
 async def test_waiters_keep_the_latest_request_of_a_task() -> None:
     """A request that leaves does not remove another one that waits for the same task."""
-    waiters = Waiters()
+    waiters = LeaseWaiters()
     with waiters.next_message(KEY) as first:
         later = waiters.next_message(KEY)
         message = later.__enter__()
