@@ -25,7 +25,7 @@ FOLDERS = ("deploy", "ingress", "browser", "replicas", "docs", "integration", "a
 # Coverage slows these tests down by half. They run the same code as the tests of the other folders.
 UNMEASURED = {"ingress", "browser", "replicas", "docs", "attacks", "deploy"}
 # Most cases of a test run the same code, so only this many are measured.
-MEASURED_CASES = 4
+MEASURED_CASES = 2
 MEASURED = pytest.StashKey[bool]()
 
 # On a busy machine an example may take long. pytest-timeout limits each test.
@@ -65,6 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = item.nodeid.partition("[")[0]
         item.stash[MEASURED] = (
             folder_of(item) not in UNMEASURED
+            and item.get_closest_marker("unmeasured") is None
             # Each of a hundred generated examples runs the same lines.
             and not getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
             and cases[name] < MEASURED_CASES

@@ -14,7 +14,8 @@ from gateway.telemetry.tracing import SpanRecord
 from tests.support.harness import Gateway, Json, RawUpstream, Request, framed, respond_ok
 from tests.support.requesting import Requests
 
-pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+# It builds, starts or plays more than other tests.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.unmeasured]
 
 
 Launch = Callable[..., Gateway]

@@ -61,6 +61,7 @@ QUICK: dict[str, Any] = {
     # Each query asks upstream anew; nothing covers a failure, or a result does.
     "cache": {"error_seconds": 0, "running_seconds": 0, "stale_while_revalidate_seconds": 0},
 }
+pytestmark = pytest.mark.unmeasured
 OURS = str(Path(package.__file__).parent)
 NOT_OURS = f"{OURS}/simulator"
 

@@ -25,6 +25,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+import coverage
+
 # The C library, Python, or another library reads these variables only once, when it starts.
 _READ_AT_START = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "GLIBC_", "OPENSSL_", "TZ", "UV_")
 _COVERAGE = "COVERAGE_PROCESS_CONFIG"  # coverage measures each new process that has this variable
@@ -191,8 +193,6 @@ def _become(request: dict[str, Any]) -> None:
     time.tzset()
     sys.argv = [str(Path(sys.executable).with_name("sd-gateway")), *request["arguments"]]
     if _COVERAGE in os.environ:
-        import coverage  # noqa: PLC0415  # most forked processes are not measured
-
         coverage.process_startup()
 
 

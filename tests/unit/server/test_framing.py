@@ -96,6 +96,7 @@ def test_framing_refuses_a_wrong_request_line_before_too_many_fields() -> None:
         assert head_end(pieces, max_bytes=BOUND) == refusal
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("beginning", [b"GET /", b"GET / HTTP/1.1\r\na: "], ids=["request line", "field"])
 def test_framing_of_an_endless_head_takes_linear_time(beginning: bytes) -> None:
     """A head of 1 MB that arrives byte by byte takes seconds; a quadratic algorithm would take an hour."""
@@ -103,6 +104,7 @@ def test_framing_of_an_endless_head_takes_linear_time(beginning: bytes) -> None:
     assert str(refusal).startswith("the request's headers are larger")
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("beginning", [b"1;", b"0\r\na: "], ids=["extension", "trailer"])
 def test_framing_of_endless_chunk_metadata_takes_linear_time(beginning: bytes) -> None:
     """A line of 1 MB that arrives byte by byte takes seconds; a quadratic algorithm would take an hour."""
