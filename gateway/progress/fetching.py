@@ -204,15 +204,15 @@ class Fetcher:
             )
 
 
-def queued_notice_of(state: TaskQueryState) -> asyncio.Future[GatewayError]:
+def queued_error_of(state: TaskQueryState) -> asyncio.Future[GatewayError]:
     """Return the future that resolves to an error when the query counts as queued."""
-    if state.queued_notice is None:
-        state.queued_notice = asyncio.get_running_loop().create_future()
-    return state.queued_notice
+    if state.queued_error is None:
+        state.queued_error = asyncio.get_running_loop().create_future()
+    return state.queued_error
 
 
 def _report_queued(state: TaskQueryState, seconds: float) -> None:
-    signal = queued_notice_of(state)
+    signal = queued_error_of(state)
     if not signal.done():
         failure = RateLimited(
             "the query is queued by the rate limiter for upstream calls", retry_after=seconds

@@ -2,7 +2,7 @@
 
     fresh snapshot                       -> answer at once
     stale, within stale-while-revalidate -> answer at once, and start one in-flight request in the background,
-                                            unless one is in flight
+                                            unless one is in flight or a failure of the task is cached
     else, no failure of the task cached  -> all callers wait for one in-flight request
     the query fails, or failure cached   -> stale-if-error: a snapshot that is young enough, else the failure
     the query counts as queued           -> stale-if-error at once, else wait; the query continues
@@ -25,7 +25,7 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.fetching import Fetcher, queued_notice_of
+from gateway.progress.fetching import Fetcher, queued_error_of
 from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, FoundSnapshot, LookupFailure
@@ -47,7 +47,7 @@ _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes
 
 
 class ProgressService:
-    """Returns snapshots to callers, and to the refresh schedules of watched tasks.
+    """Returns snapshots to callers, and to the schedules of watched tasks.
 
     `settings` is the section `cache` of the settings. `timeout_seconds` limits an in-flight request: the wait
     for another replica's lease and the query together. `clock` is the clock of `Snapshot.fetched_at`.
@@ -158,7 +158,7 @@ class ProgressService:
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
-    def count_refused_lookup(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
+    def failure_of_refused_lookup(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
         """Count a lookup that is refused; return the cached failure of the task, or else `failure`."""
         self._metrics.count(key.operation, CacheStatus.NEGATIVE)
         return LookupFailure(key, self._store.cached_failure(key) or failure, CacheStatus.NEGATIVE)
@@ -329,17 +329,17 @@ class ProgressService:
             return await asyncio.shield(in_flight)
         if in_flight.done():  # it ended in this iteration of the event loop
             return in_flight.result()
-        queued_notice = queued_notice_of(state)
+        queued_error = queued_error_of(state)
         elapsed = max(
             self._clock() - state.in_flight_since, 0.0
         )  # `in_flight_since` is infinite before it begins
         timeout = max(self.overdue_detector.overdue_after_seconds - elapsed, 0.0)
-        await asyncio.wait((in_flight, queued_notice), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((in_flight, queued_error), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if in_flight.done():
             return in_flight.result()
         state.keep_without_callers = True  # the query continues
         slow_error = self.overdue_detector.error_of_slow_query(state)
-        return FetchOutcome(queued_notice.result() if queued_notice.done() else slow_error)
+        return FetchOutcome(queued_error.result() if queued_error.done() else slow_error)
 
     def _stale_if_error(self, failure: LookupFailure, seen_revision: int) -> FoundSnapshot | LookupFailure:
         outcome = self._serve_stale_rules.replace_failure(failure, seen_revision)

@@ -34,14 +34,15 @@ class CacheEntry:
             newer one. An outdated entry is served only instead of an error.
         fetched_here: Whether this replica has fetched it from the upstream.
         failure: The failure of the latest query that should have replaced the stale snapshot, if any.
-        announced_version: The newest version that another replica has announced; 0 if none was announced.
+        required_version: The version that a newer snapshot must have at least: the newest that another
+            replica has announced, or one after overlapping queries (`require_new_query`). 0 if there is none.
     """
 
     snapshot: Snapshot
     reads: int = 0
     outdated: bool = False
     fetched_here: bool = True
-    announced_version: int = 0
+    required_version: int = 0
     failure: GatewayError | None = None
 
 

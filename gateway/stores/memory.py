@@ -236,11 +236,11 @@ class MemoryStore:
             entry.outdated = True
             del self._snapshots[snapshot.key]
         if self._make_room(self._snapshots, _snapshot_bytes(snapshot)):
-            # Only the package `stores/valkey` sets `announced_version`; in a plain `MemoryStore` it is 0.
-            announced = 0 if entry is None else entry.announced_version
-            outdated = announced > snapshot.version and not snapshot.terminal
+            # Only the package `stores/valkey` sets `required_version`; in a plain `MemoryStore` it is 0.
+            required = 0 if entry is None else entry.required_version
+            outdated = required > snapshot.version and not snapshot.terminal
             self._snapshots[snapshot.key] = CacheEntry(
-                snapshot, outdated=outdated, fetched_here=fetched_here, announced_version=announced
+                snapshot, outdated=outdated, fetched_here=fetched_here, required_version=required
             )
         if self._clock() < self._all_failures_expired_at:
             self._failures.pop(snapshot.key, None)

@@ -106,7 +106,7 @@ class RateLimiter:
     ) -> None:
         self._limit = AdaptiveRateLimit(requests_per_second or math.inf)
         self._clock = clock
-        self._next_report_at = 0.0  # waits are reported after the first reply of the store from then on
+        self._next_report_at = 0.0  # no report of waits after a reply that arrives earlier
         self._call_later = call_later
         self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
@@ -159,7 +159,7 @@ class RateLimiter:
                 - when the query is put into the queue, if the wait is at least `MIN_REPORTED_WAIT_SECONDS`
                 - while the query is queued, each time the limit falls or a pause begins, and after replies
                   about shared permits, but these at most every 0.2 s; the expected wait may be 0
-            query_state: The clients that wait for the response. None: the gateway itself needs the response.
+            query_state: Has the clients that wait for the response. None: the gateway itself needs it.
                 Each client has a queue of first queries. A first query enters that of one of these clients.
 
         Raises:
@@ -245,7 +245,7 @@ class RateLimiter:
             refreshes = min(self._queue.count(is_refresh=True), usable)
             first_queries = min(self._queue.count(is_refresh=False), usable)
             self._shared.request(refreshes=refreshes, first_queries=first_queries)
-        # With a token, only a shared permit is missing, and the store's reply calls this method.
+        # If there is a token (the wait is 0), the queries wait for shared permits, and need no timer.
         if self._queue and (self._shared is None or wait > 0):
             call_later = self._call_later or asyncio.get_running_loop().call_later
             self._timer = call_later(max(wait, _TIMER_RESOLUTION_SECONDS), self._serve_queue)

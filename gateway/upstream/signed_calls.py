@@ -3,7 +3,7 @@
     send: sign, send, read -> parse_response -> a ParsedResponse, or an UpstreamError
 
 If the upstream refuses the timestamp of a call, later calls are signed with the upstream's time, which the
-`Date` header of its response shows. The exceptions of the transports are httpx's.
+`Date` header of its response shows. Failed connections raise exceptions of httpx.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ParsedResponse(NamedTuple):
     invoke_id: str | None = None
 
 
-class RawResponse(NamedTuple):
+class UnparsedResponse(NamedTuple):
     """The response to one call, before its body is parsed.
 
     `request_headers` are the signed headers of the request, `headers` those of the response. Header names are
@@ -96,7 +96,7 @@ class SignedCalls:
     Attributes:
         proxy: The egress proxy, if any.
         clock_offset: Seconds to add to the gateway's clock when signing.
-        last_error_code: The problem code of the last call; None if it returned an envelope.
+        last_error_code: The problem code of the last call; None after a success or a rejection.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class SignedCalls:
 
     async def send_unparsed(
         self, key: TaskKey, pair: KeyPair, *, on_complete: Callable[[], None] = lambda: None
-    ) -> RawResponse:
+    ) -> UnparsedResponse:
         """Make one call on a new connection, and return its response as received.
 
         It ends within `upstream.attempt_timeout_seconds`. `on_complete` is called when the upstream no longer
@@ -224,23 +224,23 @@ class SignedCalls:
             raise UpstreamUnreachable(message, cause=cause) from exc
         return headers, response
 
-    def _decode(self, request_headers: Mapping[str, str], response: HttpResponse) -> RawResponse:
+    def _decode(self, request_headers: Mapping[str, str], response: HttpResponse) -> UnparsedResponse:
         """Return the response with its body decoded. Raises: UpstreamInvalid."""
         content = decode_body(
             bytes(response.body),
             response.headers.get("content-encoding", ""),
             limit=self._settings.max_response_bytes,
         )
-        return RawResponse(request_headers, response.status, response.headers, content)
+        return UnparsedResponse(request_headers, response.status, response.headers, content)
 
-    def parse_response(self, response: RawResponse, key: TaskKey) -> ParsedResponse:
+    def parse_response(self, response: UnparsedResponse, key: TaskKey) -> ParsedResponse:
         """Return the parsed response if it is a successful envelope. Raises: UpstreamError if it is not."""
         refuse_gateway_response(response.headers)
         code = response.headers.get("x-ca-error-code", "")
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
             body, redact = response.body, self._redactor
-            # A small body is searched here, first quickly. `_send` searches a large body, in pieces.
+            # Search a small body for secrets, quickly here and exactly below. `_send` searches a large one.
             may_leak = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
                 body, response.request_headers["x-ca-signature"]
             )
@@ -275,7 +275,7 @@ class SignedCalls:
         self, key: TaskKey, pair: KeyPair, span: SpanRecord, on_complete: Callable[[], None]
     ) -> ParsedResponse:
         operation = key.operation
-        # A call that the query's deadline cancels counts as a timeout, with the cause of the last timeout.
+        # A call that the query's deadline cancels has no cause: keep that of the last call if it timed out.
         outcome = UpstreamTimeout.code
         cause = self._last_cause if self.last_error_code == outcome else ""
         started = time.perf_counter()
@@ -325,16 +325,16 @@ class SignedCalls:
             self._request_counter(operation, outcome)()
             self._observe_duration[operation](time.perf_counter() - started)
 
-    def redactor_of(self, response: RawResponse) -> Redactor:
+    def redactor_of(self, response: UnparsedResponse) -> Redactor:
         """Return a redactor that also hides the signature of this call."""
         return self._redactor.for_call(response.request_headers["x-ca-signature"])
 
-    def _measure_clock_skew(self, response: RawResponse) -> float | None:
+    def _measure_clock_skew(self, response: UnparsedResponse) -> float | None:
         """Return how many seconds the upstream's clock is ahead; None if the response has no valid date."""
-        now = parse_http_date(response.headers.get("date", ""))
-        if now is None:
+        upstream_now = parse_http_date(response.headers.get("date", ""))
+        if upstream_now is None:
             return None
-        skew = now - self._clock()
+        skew = upstream_now - self._clock()
         self._metrics.upstream_clock_skew.set(round(skew, 1))
         return skew
 

@@ -48,7 +48,7 @@ class TaskQueryState:
         dropped: The query was cancelled by `on_unwanted`.
         queue_entry: The query's entry in the queue for a permit or for a concurrency slot; None while it is
             in neither.
-        queued_notice: A future that receives an error when the query counts as queued. Callers that
+        queued_error: A future that receives an error when the query counts as queued. Callers that
             can serve a stale snapshot then stop waiting.
         in_flight_since: When the in-flight request began, on the clock of the progress service.
         failure: The failure of the latest call of the query, which is retried; None without one.
@@ -69,7 +69,7 @@ class TaskQueryState:
         "make_deadline_error",
         "on_unwanted",
         "queue_entry",
-        "queued_notice",
+        "queued_error",
         "repeated",
         "runs_to_end",
         "seconds_before_call",
@@ -95,7 +95,7 @@ class TaskQueryState:
         self.runs_to_end = False
         self.dropped = False
         self.queue_entry: QueueEntry | None = None
-        self.queued_notice: asyncio.Future[GatewayError] | None = None
+        self.queued_error: asyncio.Future[GatewayError] | None = None
         self.in_flight_since = math.inf
         self.failure: GatewayError | None = None
         self.seconds_before_call = 0.0

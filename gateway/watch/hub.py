@@ -2,7 +2,7 @@
 
     first subscriber -> start the schedule of the task (`schedules.py`), which queries it repeatedly
     the store reports a new snapshot, fetched for any caller or by any replica -> publish it soon
-        -> write it directly to the streams that have no unsent data
+        -> write it directly to streams that have no unsent data (`api/events.py`)
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
 
@@ -11,7 +11,7 @@ this is the event `stale`. The subscribers receive another overdue notice when t
 when the task is no longer overdue.
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
-store keeps the bodies, and limits their memory. Schedules keep updates without their large bodies
+store keeps the bodies, and limits their memory. The hub keeps updates without their large bodies
 (`Update.without_large_body`). A subscriber keeps the large body of at most one unsent update. It takes the
 others from the store when it sends their updates. If the store has evicted a body, the task is queried again,
 and the subscriber receives the new snapshot.
@@ -188,7 +188,7 @@ class WatchHub:
         watched = self._watched.get(key) or self._start_watching(key, subscriber.client)
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
-        # Publish the unpublished snapshot before the subscriber is added, so that `published` is the latest.
+        # Publish the unpublished snapshot before the subscriber is added, so that it receives the latest one.
         # This method does not await, so no change is lost between the steps.
         self._publish_unpublished(key)
         servable_result = self._service.peek(key, seen_revision)

@@ -31,7 +31,7 @@ from gateway.domain.task import Operation, Status, TaskKey
 from gateway.stores.valkey.codec import (
     MICROSECONDS,
     InvalidStoredValue,
-    StoredFacts,
+    StoredMetadata,
     decode_failure,
     decode_snapshot,
     encode_failure,
@@ -67,22 +67,22 @@ data = st.fixed_dictionaries(
 statuses = st.sampled_from(["waiting", "running", "succeeded", "failed", "canceled", "new"])
 
 
-def facts_of(snapshot: Snapshot, *, age: int = 0) -> StoredFacts:
-    """Return the facts that the server keeps beside a value."""
-    return StoredFacts.checked(snapshot.version, age, lifetime_of(snapshot), int(snapshot.terminal))
+def metadata_of(snapshot: Snapshot, *, age: int = 0) -> StoredMetadata:
+    """Return the metadata that the server keeps beside a value."""
+    return StoredMetadata.checked(snapshot.version, age, lifetime_of(snapshot), int(snapshot.terminal))
 
 
-FACTS = facts_of(SNAPSHOT)
+METADATA = metadata_of(SNAPSHOT)
 
 
 def read(
     encoded: bytes,
     key: TaskKey = KEY,
-    facts: StoredFacts = FACTS,
+    metadata: StoredMetadata = METADATA,
     lifetimes: dict[Status | None, float] = LIFETIMES,
 ) -> Snapshot:
     """Decode a stored value. Raises: InvalidStoredValue."""
-    return decode_snapshot(encoded, key, facts, fetched_at=1.0, lifetimes=lifetimes, tags=TAGS)
+    return decode_snapshot(encoded, key, metadata, fetched_at=1.0, lifetimes=lifetimes, tags=TAGS)
 
 
 def fields_of(snapshot: Snapshot) -> list[Any]:
@@ -111,7 +111,7 @@ def test_snapshot_round_trip(
 ) -> None:
     """Every field is decoded; the time comes from the reader's clock."""
     snapshot = seen(key, status, at=1.0, lifetime=round(lifetime, 6), version=version, **data)
-    assert fields_of(read(encode_snapshot(snapshot), key, facts_of(snapshot))) == fields_of(snapshot)
+    assert fields_of(read(encode_snapshot(snapshot), key, metadata_of(snapshot))) == fields_of(snapshot)
 
 
 def test_snapshot_keeps_progress_and_end() -> None:
@@ -120,7 +120,9 @@ def test_snapshot_keeps_progress_and_end() -> None:
     unchanged = seen(KEY, "running", at=1.0, version=9, previous=fallen, progress=0.1)
     ended = seen(KEY, "running", at=1.0, version=8, previous=seen(KEY, "failed", version=7))
     for snapshot in (fallen, unchanged, ended):
-        assert fields_of(read(encode_snapshot(snapshot), facts=facts_of(snapshot))) == fields_of(snapshot)
+        assert fields_of(read(encode_snapshot(snapshot), metadata=metadata_of(snapshot))) == fields_of(
+            snapshot
+        )
     assert (fallen.progress, ended.status) == (0.5, Status.FAILED)
     assert (unchanged.revision, unchanged.etag) == (fallen.revision, fallen.etag)
 
@@ -198,35 +200,35 @@ def test_snapshot_of_another_envelope_is_refused(envelope: bytes) -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_snapshot_under_other_facts_is_refused(change: dict[str, Any]) -> None:
-    """The facts beside a value and its header must agree."""
+    """The metadata beside a value and its header must agree."""
     with pytest.raises(InvalidStoredValue):
-        read(encode_snapshot(SNAPSHOT), facts=FACTS._replace(**change))
+        read(encode_snapshot(SNAPSHOT), metadata=METADATA._replace(**change))
 
 
 @pytest.mark.parametrize("name", ["version", "lifetime", "age", "terminal"])
 @pytest.mark.parametrize("value", [-(2**53), 2**53, 2**63, None, b"1", "1", 1.0, True, float("nan"), []])
 def test_facts_out_of_range_are_refused(name: str, value: Any) -> None:
     """Facts are finite, bounded integers."""
-    facts = StoredFacts(version=7, age=0, lifetime=1, terminal=0)
-    assert StoredFacts.checked(*facts) == facts
+    metadata = StoredMetadata(version=7, age=0, lifetime=1, terminal=0)
+    assert StoredMetadata.checked(*metadata) == metadata
     with pytest.raises(InvalidStoredValue):
-        StoredFacts.checked(*facts._replace(**{name: value}))
+        StoredMetadata.checked(*metadata._replace(**{name: value}))
 
 
 def test_lifetime_is_within_the_settings_bounds() -> None:
     """No lifetime exceeds the maximum of the settings."""
     longest = 2_592_000 * MICROSECONDS
-    assert StoredFacts.checked(1, 0, longest, 0).lifetime == longest
+    assert StoredMetadata.checked(1, 0, longest, 0).lifetime == longest
     assert lifetime_of(replace(SNAPSHOT, lifetime=1e12)) == longest
     with pytest.raises(InvalidStoredValue):
-        StoredFacts.checked(1, 0, longest + 1, 0)
+        StoredMetadata.checked(1, 0, longest + 1, 0)
 
 
 def test_snapshot_of_unknown_age_is_stale() -> None:
     """A snapshot from the future, after a step of the server's clock, counts as stale."""
     for age, fetched_at in ((0, 100.0), (500_000, 99.5), (-1, 98.0), (-(10**12), 98.0)):
-        facts = StoredFacts.checked(7, age, 2 * MICROSECONDS, 0)
-        assert facts.fetched_at(100.0) == fetched_at
+        metadata = StoredMetadata.checked(7, age, 2 * MICROSECONDS, 0)
+        assert metadata.fetched_at(100.0) == fetched_at
 
 
 @pytest.mark.parametrize(

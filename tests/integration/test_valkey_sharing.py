@@ -212,8 +212,8 @@ async def test_smaller_lifetime_counts(opened: Open, server: StoreServer) -> Non
 async def test_older_announcement_has_no_effect(one: ValkeyStore, server: StoreServer) -> None:
     """A message that was on its way for long does not hide a newer snapshot."""
     known = await stored(one)
-    facts = f"{known.version - 1} {known.version - 1} 0 60000000 0"
-    server.client.publish(channel_of(server).decode(), f"S{KEY.operation}/{KEY.task_id}\n{facts}")
+    metadata = f"{known.version - 1} {known.version - 1} 0 60000000 0"
+    server.client.publish(channel_of(server).decode(), f"S{KEY.operation}/{KEY.task_id}\n{metadata}")
     await heard_all(one, one)
     assert await shown(one) is known
 
@@ -273,11 +273,11 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
     assert entry is not None
     entry.reads = int(needed == "read")
     channel = channel_of(server).decode()
-    facts = f"{known.version + 1} {known.version + 1} 0 60000000 0"
+    metadata = f"{known.version + 1} {known.version + 1} 0 60000000 0"
     with server.client.pipeline(transaction=False) as pipeline:
         for number in range(5000):
-            pipeline.publish(channel, f"S{KEY.operation}/other-{number}\n{facts}")
-        pipeline.publish(channel, f"S{KEY.operation}/{KEY.task_id}\n{facts}")
+            pipeline.publish(channel, f"S{KEY.operation}/other-{number}\n{metadata}")
+        pipeline.publish(channel, f"S{KEY.operation}/{KEY.task_id}\n{metadata}")
         pipeline.execute()
     time.sleep(0.1)  # noqa: ASYNC251  # the loop has not read the messages
     assert not one.is_current(entry)
@@ -1065,7 +1065,7 @@ async def call(limiter: RateLimiter) -> None:
 
 
 async def test_facts_without_a_value_count_as_absent(one: ValkeyStore, server: StoreServer) -> None:
-    """If a task's facts are stored without its snapshot, the replica commits its own one."""
+    """If a task's metadata is stored without its snapshot, the replica commits its own one."""
     late = await leased(one)
     one.release_lease_early(late)
     version = version_now() + 1_000_000
@@ -1079,8 +1079,8 @@ async def test_facts_without_a_value_count_as_absent(one: ValkeyStore, server: S
 async def test_version_of_the_far_future_is_ignored(one: ValkeyStore, server: StoreServer) -> None:
     """A forged announcement with the largest version does not keep replicas from sharing."""
     await stored(one)
-    facts = "9007199254740990 9007199254740990 0 60000000 0"
-    server.client.publish(channel_of(server), f"S{KEY.operation}/{KEY.task_id}\n{facts}")
+    metadata = "9007199254740990 9007199254740990 0 60000000 0"
+    server.client.publish(channel_of(server), f"S{KEY.operation}/{KEY.task_id}\n{metadata}")
     await heard_all(one, one)
     lease = await leased(one, after=version_now())
     assert lease.version < version_now() + 60_000_000

@@ -45,7 +45,7 @@ from gateway.telemetry.redaction import MASK, Redactor
 from gateway.upstream.credentials import Credentials, CredentialSlot
 from gateway.upstream.header_values import parse_http_date
 from gateway.upstream.loop_detection import USER_AGENT
-from gateway.upstream.signed_calls import RawResponse, SignedCalls
+from gateway.upstream.signed_calls import SignedCalls, UnparsedResponse
 from gateway.upstream.signing import string_to_sign
 from gateway.upstream.transport import CLOSED_TOO_EARLY, RESET
 
@@ -177,7 +177,7 @@ def _describe_missing_pair(settings: CredentialSettings) -> Iterator[str]:
         yield f"{label}: set {names[name]} or {variable}, or name a file in {variable}_FILE"
 
 
-def _timing(exchange: RawResponse, seconds: float) -> Iterator[str]:
+def _timing(exchange: UnparsedResponse, seconds: float) -> Iterator[str]:
     yield f"latency: the response took {seconds * 1000:.0f} ms, with the connection"
     theirs = parse_http_date(exchange.headers.get("date", ""))
     if theirs is None:
@@ -192,7 +192,7 @@ def _timing(exchange: RawResponse, seconds: float) -> Iterator[str]:
         yield f"clock: the local clock is {abs(ahead):.0f} s {side} the upstream's; 15 minutes are allowed"
 
 
-def _evaluate(calls: SignedCalls, key: TaskKey, exchange: RawResponse) -> _Finding:
+def _evaluate(calls: SignedCalls, key: TaskKey, exchange: UnparsedResponse) -> _Finding:
     try:
         calls.parse_response(exchange, key)
     except UpstreamRejected as exc:
@@ -218,7 +218,7 @@ def _compare(works: dict[CredentialSlot, bool]) -> Iterator[str]:
                 yield "neither key pair works"
 
 
-def _explain(exc: GatewayError, path: str, exchange: RawResponse, redactor: Redactor) -> Iterator[str]:
+def _explain(exc: GatewayError, path: str, exchange: UnparsedResponse, redactor: Redactor) -> Iterator[str]:
     message = exchange.headers.get("x-ca-error-message", "")
     code = exchange.headers.get("x-ca-error-code", "")
     response = redactor(f"{exchange.status} {code} {message}".strip())
@@ -235,7 +235,7 @@ def _explain(exc: GatewayError, path: str, exchange: RawResponse, redactor: Reda
     yield f"response of the upstream: {response}"
 
 
-def _clock_words(exchange: RawResponse) -> str:
+def _clock_words(exchange: UnparsedResponse) -> str:
     theirs = parse_http_date(exchange.headers.get("date", ""))
     if theirs is None:
         return "the timestamp was refused, and the response has no valid Date"
@@ -243,7 +243,9 @@ def _clock_words(exchange: RawResponse) -> str:
     return f"the local clock is {abs(ahead):.0f} seconds {'ahead' if ahead > 0 else 'behind'}"
 
 
-def _explain_signature(message: str, path: str, exchange: RawResponse, redactor: Redactor) -> Iterator[str]:
+def _explain_signature(
+    message: str, path: str, exchange: UnparsedResponse, redactor: Redactor
+) -> Iterator[str]:
     names = exchange.request_headers["x-ca-signature-headers"].split(",")
     ours = string_to_sign("POST", path, exchange.request_headers, names).split("\n")
     match = _SERVER_TEXT.search(message)

@@ -4,8 +4,8 @@
 
 Stored values are untrusted input: they may come from another version, belong to another task, be truncated,
 or be forged. Every byte is checked. Only the vendor's envelope reaches clients: body and entity tag are
-rendered from it again, as for a response from the upstream. The scripts compare the numbers of `StoredFacts`,
-which are stored in fields of their own beside the encoded value.
+rendered from it again, as for a response from the upstream. The scripts compare the numbers of
+`StoredMetadata`, which are stored in fields of their own beside the encoded value.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class InvalidStoredValue(ValueError):
     """A value that no gateway of this version wrote for this task."""
 
 
-class StoredFacts(NamedTuple):
+class StoredMetadata(NamedTuple):
     """What the scripts know about a stored snapshot, without its value; age and lifetime in microseconds.
 
     `age` is negative if the server's clock was set back after the snapshot was fetched.
@@ -64,11 +64,11 @@ class StoredFacts(NamedTuple):
     terminal: int
 
     @classmethod
-    def checked(cls, *facts: Any) -> StoredFacts:
-        """Return the facts of a reply or a message, with all ranges checked. Raises: InvalidStoredValue."""
-        if [type(fact) for fact in facts] != [int] * 4:
+    def checked(cls, *metadata: Any) -> StoredMetadata:
+        """Return the metadata of a reply or message, with all ranges checked. Raises: InvalidStoredValue."""
+        if [type(each) for each in metadata] != [int] * 4:
             raise InvalidStoredValue("not four numbers")
-        checked = cls(*facts)
+        checked = cls(*metadata)
         in_range = (
             0 <= checked.version < version_now() + _MAX_CLOCK_LEAD
             and -_MAX_EXACT < checked.age < _MAX_EXACT
@@ -86,7 +86,7 @@ class StoredFacts(NamedTuple):
 class _SnapshotHeader(msgspec.Struct, forbid_unknown_fields=True):
     """The header of a snapshot's envelope. `progress` is the minimum for later snapshots of a running task.
 
-    `version` and `lifetime` repeat facts of `StoredFacts`, which the digest does not cover.
+    `version` and `lifetime` repeat members of `StoredMetadata`, which the digest does not cover.
     """
 
     operation: str
@@ -125,7 +125,7 @@ def lifetime_of(snapshot: Snapshot) -> int:
 def decode_snapshot(
     encoded: bytes,
     key: TaskKey,
-    facts: StoredFacts,
+    metadata: StoredMetadata,
     *,
     fetched_at: float,
     lifetimes: Mapping[Status | None, float],
@@ -136,8 +136,8 @@ def decode_snapshot(
     Its lifetime is the stored one, or the one in `lifetimes` if that is shorter.
     """
     header, envelope = _checked(encoded, key, _SNAPSHOT_HEADER)
-    if header.version != facts.version or header.lifetime != facts.lifetime:
-        raise InvalidStoredValue("facts and header differ")
+    if header.version != metadata.version or header.lifetime != metadata.lifetime:
+        raise InvalidStoredValue("metadata and header differ")
     if not 0 < header.revision < version_now() + _MAX_CLOCK_LEAD:
         raise InvalidStoredValue("revision out of range")
     try:
@@ -148,14 +148,14 @@ def decode_snapshot(
             progress=header.progress,
             fetched_at=fetched_at,
             lifetimes=lifetimes,
-            longest_lifetime=facts.lifetime / MICROSECONDS,
+            longest_lifetime=metadata.lifetime / MICROSECONDS,
             version=header.version,
             revision=header.revision,
             tags=tags,
         )
     except GatewayError as exc:
         raise InvalidStoredValue("not an envelope of this task") from exc
-    if snapshot.terminal != facts.terminal or snapshot.progress != header.progress:
+    if snapshot.terminal != metadata.terminal or snapshot.progress != header.progress:
         raise InvalidStoredValue("contradictory fields")
     return snapshot
 

@@ -40,6 +40,6 @@ redis.call('HSET', KEYS[1], 'version', ARGV[2], 'revision', ARGV[4], 'fetched', 
 redis.call('HDEL', KEYS[1], 'failure', 'failed_until')
 if ours then redis.call('HDEL', KEYS[1], 'holder', 'held_until') end
 keep(tonumber(ARGV[9]))
-local facts = table.concat({ARGV[2], ARGV[4], ARGV[5], ARGV[6], ARGV[7]}, ' ')
-redis.call('PUBLISH', ARGV[10], 'S' .. ARGV[11] .. '\n' .. facts)
+local metadata = table.concat({ARGV[2], ARGV[4], ARGV[5], ARGV[6], ARGV[7]}, ' ')
+redis.call('PUBLISH', ARGV[10], 'S' .. ARGV[11] .. '\n' .. metadata)
 return {'stored', version, 0, 0, 0, ''}

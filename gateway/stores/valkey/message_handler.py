@@ -18,7 +18,7 @@ from typing import Any
 
 from gateway.domain.task import TaskKey
 from gateway.stores.memory import MemoryStore
-from gateway.stores.valkey.codec import InvalidStoredValue, StoredFacts
+from gateway.stores.valkey.codec import InvalidStoredValue, StoredMetadata
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.lease_waiters import LeaseWaiters
 from gateway.stores.valkey.leases import Leases
@@ -86,11 +86,11 @@ class MessageHandler:
     async def load_announced_snapshot(self, key: TaskKey) -> bool:
         """See `Store.load_announced_snapshot`."""
         entry = self._memory.entry(key)
-        if entry is None or entry.announced_version <= entry.snapshot.version or not self._connection.up:
+        if entry is None or entry.required_version <= entry.snapshot.version or not self._connection.up:
             return False
         await self._read(key)
         latest = self._memory.last_known(key)
-        return latest is not None and (latest.terminal or latest.version >= entry.announced_version)
+        return latest is not None and (latest.terminal or latest.version >= entry.required_version)
 
     def on_usable(self) -> None:
         """Write the snapshots that could not be written before."""
@@ -106,22 +106,22 @@ class MessageHandler:
         for entry in self._memory.entries():
             entry.outdated = up
             if not up:
-                entry.announced_version = 0
+                entry.required_version = 0
         self._waiters.wake_all()
 
     def _receive_task_message(self, message: TaskMessage) -> None:
-        key, facts = message.key, message.facts
+        key, metadata = message.key, message.metadata
         if message.kind == SNAPSHOT_MISSING:
             if not key.operation.is_result and self._memory.entry_without_use(key) is not None:
                 self._start(self._restore(key))
             return
-        if facts is not None and not self._snapshots.is_being_written(key, facts.version):
-            self._apply_announcement(key, facts, message.revision)
+        if metadata is not None and not self._snapshots.is_being_written(key, metadata.version):
+            self._apply_announcement(key, metadata, message.revision)
         self._waiters.wake(key)
 
-    def _apply_announcement(self, key: TaskKey, facts: StoredFacts, revision: int) -> None:
+    def _apply_announcement(self, key: TaskKey, metadata: StoredMetadata, revision: int) -> None:
         """Apply the message that another snapshot is stored: use it, read it, or mark the entry outdated."""
-        self._leases.record_announcement(key, facts.version)
+        self._leases.record_announcement(key, metadata.version)
         entry = self._memory.entry_without_use(key)
         watched = any(is_watched(key) for is_watched in self._watch_checks)
         if entry is None:
@@ -129,15 +129,15 @@ class MessageHandler:
                 self._start(self._read(key))
             return
         snapshot = entry.snapshot
-        if not supersedes(facts, snapshot):
-            if facts.version < snapshot.version and not key.operation.is_result:
+        if not supersedes(metadata, snapshot):
+            if metadata.version < snapshot.version and not key.operation.is_result:
                 self._start(self._restore(key))  # the server has lost this snapshot or a newer one
             return
-        entry.announced_version = max(entry.announced_version, facts.version)
-        if revision == snapshot.revision and bool(facts.terminal) is snapshot.terminal:
-            self._snapshots.put_with_same_body(snapshot, facts)
+        entry.required_version = max(entry.required_version, metadata.version)
+        if revision == snapshot.revision and bool(metadata.terminal) is snapshot.terminal:
+            self._snapshots.put_with_same_body(snapshot, metadata)
             return
-        if not facts.terminal and queries_may_overlap(snapshot, facts.version, revision):
+        if not metadata.terminal and queries_may_overlap(snapshot, metadata.version, revision):
             require_new_query(entry)
             return
         if key in self._waiters or not (entry.reads or watched):

@@ -14,7 +14,7 @@ import re
 from typing import NamedTuple
 
 from gateway.domain.task import Operation, TaskKey
-from gateway.stores.valkey.codec import LONGEST_RETRY_SECONDS, InvalidStoredValue, StoredFacts
+from gateway.stores.valkey.codec import LONGEST_RETRY_SECONDS, InvalidStoredValue, StoredMetadata
 
 SNAPSHOT_STORED = b"S"
 LEASE_ENDED = b"E"
@@ -29,13 +29,13 @@ _THROTTLING_MESSAGE = re.compile(rb"T([0-9]{0,9})")
 class TaskMessage(NamedTuple):
     """A message about a task.
 
-    `kind` is one of the constants of this module. `facts` and `revision` describe the stored snapshot, if
+    `kind` is one of the constants of this module. `metadata` and `revision` describe the stored snapshot, if
     there is one; else they are None and 0.
     """
 
     kind: bytes
     key: TaskKey
-    facts: StoredFacts | None
+    metadata: StoredMetadata | None
     revision: int
 
 
@@ -58,7 +58,7 @@ def parse_message(message: bytes) -> TaskMessage | ThrottlingMessage | None:
         key = TaskKey(Operation(operation.decode()), task_id.decode())
         if numbers[0] is None:
             return TaskMessage(kind, key, None, 0)
-        version, revision, *facts = map(int, numbers)
-        return TaskMessage(kind, key, StoredFacts.checked(version, *facts), revision)
+        version, revision, *metadata = map(int, numbers)
+        return TaskMessage(kind, key, StoredMetadata.checked(version, *metadata), revision)
     except (InvalidStoredValue, ValueError):  # for example an operation that only a later version knows
         return None

@@ -8,7 +8,7 @@ from gateway.domain.permits_reply import PermitsReply
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.base import Lease
-from gateway.stores.valkey.codec import MICROSECONDS, StoredFacts, encode_snapshot, lifetime_of
+from gateway.stores.valkey.codec import MICROSECONDS, StoredMetadata, encode_snapshot, lifetime_of
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.scripts import ACQUIRE, COMMIT, END_LEASE, RENEW_LEASE, TAKE_PERMITS, Script
 
@@ -17,7 +17,7 @@ class Reply(NamedTuple):
     """The reply of `acquire.lua` or `commit.lua`; these files describe its parts."""
 
     kind: bytes
-    facts: StoredFacts
+    metadata: StoredMetadata
     value: bytes
     number: int = 0
     failure: bytes = b""
@@ -46,7 +46,7 @@ class StoreOperations:
     ) -> Reply:
         """Run `acquire.lua`, which describes the arguments. Raises: InvalidStoredValue."""
         channel, error_time = self._connection.channel, int(error_seconds * MICROSECONDS)
-        kind, number, *facts, value, failure = await self._run(
+        kind, number, *metadata, value, failure = await self._run(
             ACQUIRE,
             key,
             [
@@ -62,7 +62,7 @@ class StoreOperations:
             ],
             [bytes, int, int, int, int, int, bytes, bytes],
         )
-        return Reply(kind, StoredFacts.checked(*facts), value, number, failure)
+        return Reply(kind, StoredMetadata.checked(*metadata), value, number, failure)
 
     async def read(self, key: TaskKey, *, known_version: int) -> Reply:
         """Run `acquire.lua` without a token: it grants no lease, and returns an unknown snapshot.
@@ -83,7 +83,7 @@ class StoreOperations:
         self, token: str, snapshot: Snapshot, *, known_version: int, age: float, keep_seconds: float
     ) -> Reply:
         """Run `commit.lua`; `known_version`: see `SharedSnapshots.write`. Raises: InvalidStoredValue."""
-        kind, *facts, value = await self._run(
+        kind, *metadata, value = await self._run(
             COMMIT,
             snapshot.key,
             [
@@ -102,7 +102,7 @@ class StoreOperations:
             ],
             [bytes, int, int, int, int, bytes],
         )
-        return Reply(kind, StoredFacts.checked(*facts), value)
+        return Reply(kind, StoredMetadata.checked(*metadata), value)
 
     async def end_lease(self, lease: Lease, failure: bytes = b"", seconds: float = 0.0) -> None:
         """Run `end_lease.lua`."""

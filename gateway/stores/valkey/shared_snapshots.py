@@ -14,7 +14,7 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Status, TaskKey
 from gateway.stores.base import CacheEntry
 from gateway.stores.memory import MemoryStore
-from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, StoredFacts, decode_snapshot
+from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, StoredMetadata, decode_snapshot
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.metric_labels import OperationLabel
 from gateway.stores.valkey.operations import Reply, StoreOperations
@@ -25,7 +25,9 @@ log = structlog.get_logger(__name__)
 
 
 class SharedSnapshots:
-    """Moves snapshots between the server and `memory`, the local cache, which is the store itself.
+    """Moves snapshots between the server and this process.
+
+    `memory`: the cache of this process. `ValkeyStore` is a subclass of `MemoryStore`, and passes itself.
 
     `lifetimes`: how long snapshots are fresh here, in seconds, by status; the key None is for results.
     """
@@ -86,19 +88,19 @@ class SharedSnapshots:
         one and require a new query. In all cases, return the snapshot that is in memory at the end; None if
         there is none. Raises: InvalidStoredValue.
         """
-        entry, facts = self._memory.entry(key), reply.facts
-        if entry is not None and not supersedes(facts, entry.snapshot):
+        entry, metadata = self._memory.entry(key), reply.metadata
+        if entry is not None and not supersedes(metadata, entry.snapshot):
             # The server has no snapshot that supersedes the present one. If another replica has announced
             # one, the server has lost it, and the entry is outdated until the task is queried again.
-            entry.outdated = entry.announced_version > entry.snapshot.version
+            entry.outdated = entry.required_version > entry.snapshot.version
             return entry.snapshot
-        if not reply.value:
+        if not reply.value:  # the server has none, or the caller knows it
             return None if entry is None else entry.snapshot
         snapshot = decode_snapshot(
             reply.value,
             key,
-            facts,
-            fetched_at=self._fetched_at(facts),
+            metadata,
+            fetched_at=self._fetched_at(metadata),
             lifetimes=self._lifetimes,
             tags=self._tags,
         )
@@ -111,13 +113,13 @@ class SharedSnapshots:
             return entry.snapshot
         return self._memory.put(snapshot, fetched_here=False)
 
-    def put_with_same_body(self, known: Snapshot, facts: StoredFacts) -> None:
+    def put_with_same_body(self, known: Snapshot, metadata: StoredMetadata) -> None:
         """Store an announced snapshot that has the body of a known one, without reading it again."""
         announced = replace(
             known,
-            fetched_at=self._fetched_at(facts),
-            lifetime=min(self._lifetimes[known.status], facts.lifetime / MICROSECONDS),
-            version=facts.version,
+            fetched_at=self._fetched_at(metadata),
+            lifetime=min(self._lifetimes[known.status], metadata.lifetime / MICROSECONDS),
+            version=metadata.version,
         )
         self._memory.put(announced, fetched_here=False)
 
@@ -129,28 +131,28 @@ class SharedSnapshots:
         with suppress(StoreUnavailable):
             await self._operations.delete(key)
 
-    def _fetched_at(self, facts: StoredFacts) -> float:
+    def _fetched_at(self, metadata: StoredMetadata) -> float:
         # The age was computed on the server. Since then, up to a whole round trip has passed.
-        return facts.fetched_at(self._clock()) - self._connection.round_trip_seconds
+        return metadata.fetched_at(self._clock()) - self._connection.round_trip_seconds
 
 
-def supersedes(facts: StoredFacts, snapshot: Snapshot) -> bool:
+def supersedes(metadata: StoredMetadata, snapshot: Snapshot) -> bool:
     """Tell whether a stored snapshot supersedes one in memory.
 
     If only one of the two is terminal, that one supersedes the other. Otherwise the newer one does.
     """
-    if bool(facts.terminal) is not snapshot.terminal:
-        return bool(facts.terminal)
-    return facts.version > snapshot.version
+    if bool(metadata.terminal) is not snapshot.terminal:
+        return bool(metadata.terminal)
+    return metadata.version > snapshot.version
 
 
 def queries_may_overlap(known: Snapshot, version: int, revision: int) -> bool:
-    """Tell whether the query for another snapshot may have begun before the body of a known one arrived.
+    """Tell whether a query may have begun before the body of a known snapshot arrived.
 
-    The version of a snapshot is the time at which its query began, and the revision is the time at which its
-    body arrived. `version` and `revision` are those of the other snapshot, which has the larger version. A
-    lease prevents overlapping queries, unless the server has lost it or cannot be reached. If two queries
-    have overlapped, it is unknown which of the two responses is newer.
+    `version` and `revision` are those of the query's snapshot; its version is larger than that of the known
+    one. A lease prevents overlapping queries, unless the server has lost it or cannot be reached. If two
+    queries have overlapped, it is unknown which of the two responses is newer. Equal times prove nothing, so
+    they count as an overlap.
     """
     return revision != known.revision and version <= known.revision
 
@@ -162,4 +164,4 @@ def require_new_query(entry: CacheEntry) -> None:
     lease was requested, just before the query.
     """
     entry.outdated = True
-    entry.announced_version = max(entry.announced_version, entry.snapshot.revision + 1)
+    entry.required_version = max(entry.required_version, entry.snapshot.revision + 1)

@@ -210,7 +210,7 @@ class ValkeyStore(MemoryStore):
                 return previous if previous is not None and previous.fresh(self._clock()) else None
             # The reply is "follow": the server has a newer snapshot. Build this one again as its successor.
             snapshot = build(previous)
-            known_version = max(known_version, reply.facts.version)
+            known_version = max(known_version, reply.metadata.version)
         else:
             self._leases.end_in_background(lease)
         self._leases.forget(lease)
@@ -264,7 +264,7 @@ class ValkeyStore(MemoryStore):
             # If this replica's snapshot is stale by the clock of the replica, a newer one is required.
             stale = not entry.snapshot.fresh(self._clock())
             min_version = max(
-                min_version, entry.announced_version, known_version + 1 if stale else known_version
+                min_version, entry.required_version, known_version + 1 if stale else known_version
             )
         reply = await self._operations.acquire(
             key,
@@ -279,12 +279,12 @@ class ValkeyStore(MemoryStore):
         match reply.kind:
             case b"fresh" if snapshot is not None:
                 entry = self.entry(key)
-                overlapped = entry is not None and entry.announced_version > snapshot.version
+                overlapped = entry is not None and entry.required_version > snapshot.version
                 if snapshot.terminal or (snapshot.fresh(self._clock()) and not overlapped):
                     return snapshot
                 # The task must be queried, because the stored snapshot is no longer fresh on this replica, or
                 # because the queries for it and for this replica's snapshot have overlapped.
-                newer = requirement._replace(newer_than=reply.facts.version)
+                newer = requirement._replace(newer_than=reply.metadata.version)
                 return await self._acquire_once(key, newer, token)
             case b"failure":
                 failure = decode_failure(reply.failure, key)
@@ -305,8 +305,8 @@ class ValkeyStore(MemoryStore):
             if snapshot.fresh(self._clock()) and requirement.is_met_by(snapshot):
                 return snapshot
         entry = self.entry(key)
-        announced = 0 if entry is None else entry.announced_version
-        version = max(self.next_version(self.last_known(key), requirement), announced)
+        required = 0 if entry is None else entry.required_version
+        version = max(self.next_version(self.last_known(key), requirement), required)
         return self.cached_failure(key) or Lease(key, version)
 
     def _put_committed(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
@@ -314,7 +314,7 @@ class ValkeyStore(MemoryStore):
 
         That happens if the server has evicted the task, and its lease with it, during the query.
         """
-        announced = self._leases.newest_announcement(lease)
+        required = self._leases.newest_announcement(lease)
         self._leases.forget(lease)
         entry = self.entry(lease.key)
         if (
@@ -328,8 +328,8 @@ class ValkeyStore(MemoryStore):
         kept = self.put(snapshot)
         entry = self.entry(lease.key)
         if entry is not None:
-            announced = max(announced, entry.announced_version)
-        return kept if kept.terminal or announced <= kept.version else None
+            required = max(required, entry.required_version)
+        return kept if kept.terminal or required <= kept.version else None
 
     async def _end_lease(self, lease: Lease, failure: bytes = b"", seconds: float = 0.0) -> None:
         if self._leases.forget(lease):

@@ -819,9 +819,9 @@ async def test_get_returns_a_failure_without_a_snapshot(bench: Bench, failure: G
 async def test_refusal_prefers_the_cached_failure(bench: Bench, failure: GatewayError) -> None:
     """A caller that must not wait receives the task's own failure while it is cached, and else the reason."""
     reason = Overloaded("too many")
-    assert bench.service.count_refused_lookup(KEY, reason).failure is reason
+    assert bench.service.failure_of_refused_lookup(KEY, reason).failure is reason
     await bench.fail(failure)
-    assert bench.service.count_refused_lookup(KEY, reason).failure == Alike(failure)
+    assert bench.service.failure_of_refused_lookup(KEY, reason).failure == Alike(failure)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"negative": 2, "miss": 1}
 

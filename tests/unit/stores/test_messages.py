@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.domain.task import Operation, TaskKey
-from gateway.stores.valkey.codec import StoredFacts
+from gateway.stores.valkey.codec import StoredMetadata
 from gateway.stores.valkey.messages import TaskMessage, ThrottlingMessage, parse_message
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
@@ -15,8 +15,8 @@ LONGEST_LIFETIME = 2_592_000_000_000  # microseconds
 LONGEST_RETRY_SECONDS = 3600.0
 
 keys = st.builds(TaskKey, st.sampled_from(Operation), st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True))
-facts = st.builds(
-    StoredFacts,
+metadata = st.builds(
+    StoredMetadata,
     version=st.integers(0, 1_700_000_000_000_000),
     age=st.integers(0, END - 1),
     lifetime=st.integers(0, LONGEST_LIFETIME),
@@ -29,14 +29,14 @@ parts = st.lists(
 ).map(b"".join)
 
 
-def text_of(kind: str, key: TaskKey, stored: StoredFacts, revision: int) -> bytes:
+def text_of(kind: str, key: TaskKey, stored: StoredMetadata, revision: int) -> bytes:
     """Return a message as the scripts write it."""
     numbers = (stored.version, revision, stored.age, stored.lifetime, stored.terminal)
     return f"{kind}{key.operation}/{key.task_id}\n{' '.join(map(str, numbers))}".encode()
 
 
-@given(keys, facts, st.integers(0, END - 1))
-def test_message_about_a_snapshot_is_parsed(key: TaskKey, stored: StoredFacts, revision: int) -> None:
+@given(keys, metadata, st.integers(0, END - 1))
+def test_message_about_a_snapshot_is_parsed(key: TaskKey, stored: StoredMetadata, revision: int) -> None:
     """Every fact arrives as it was written."""
     assert parse_message(text_of("S", key, stored, revision)) == TaskMessage(b"S", key, stored, revision)
 
@@ -72,7 +72,7 @@ def test_no_message_raises(message: bytes) -> None:
             assert message.startswith(b"%b%b/%b" % (kind, key.operation.encode(), key.task_id.encode()))
             assert revision >= 0
             if stored is not None:
-                assert StoredFacts.checked(*stored) == stored
+                assert StoredMetadata.checked(*stored) == stored
         case _:
             assert content is None
 
