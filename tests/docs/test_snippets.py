@@ -127,9 +127,8 @@ class Call {
                 Progress progress = new Progress(gateway, duration(given[5]));
                 say("progress", progress.finished(tasks.get(0), within, wait));
             } else {
-                try (Follow follow = new Follow(gateway, duration(given[4]), duration(given[6]))) {
-                    follow.follow(tasks, within, (event, data) -> say(event, data));
-                }
+                Follow follow = new Follow(gateway, duration(given[4]), duration(given[6]));
+                follow.follow(tasks, within, (event, data) -> say(event, data));
             }
             say("ok");
         } catch (Progress.Refused e) {
@@ -458,7 +457,7 @@ def test_snippets_script_retries_and_ends_at_a_wrong_id(script: Callable[..., Pr
 
 
 def test_snippets_follow_to_the_end(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """Every change of each task is reported; a problem with one task does not end the stream."""
+    """Every change of each task is reported, despite a problem with one task. Then the program ends."""
     gate = launch(simulator.url, cache=QUICK)
     odd = "a line separator\u2028, a next line\x85, and 進捗"
     one, other = simulator.task(), simulator.task()

@@ -26,12 +26,17 @@ import java.util.function.BiConsumer;
 import java.util.stream.Collectors;
 
 /** Follows tasks on the event stream of the gateway, across reconnects, or by long polls. */
-public final class Follow implements AutoCloseable {
+public final class Follow {
     private static final System.Logger LOG = System.getLogger(Follow.class.getName());
     private static final Duration UNKNOWN = Duration.ofSeconds(30);
+    // One thread for all streams. It is a daemon, so it does not keep the program alive.
+    private static final ScheduledExecutorService WATCHDOG = Executors.newSingleThreadScheduledExecutor(task -> {
+        Thread thread = new Thread(task, "progress-watchdog");
+        thread.setDaemon(true);
+        return thread;
+    });
 
     private final HttpClient client = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(10)).build();
-    private final ScheduledExecutorService watchdog = Executors.newSingleThreadScheduledExecutor();
     private final URI gateway;
     private final Duration silence;
     private final Duration opening;
@@ -219,17 +224,12 @@ public final class Follow implements AutoCloseable {
 
     private ScheduledFuture<?> closeAfterSilence(InputStream body, long deadline) {
         long nanos = Math.min(silence.toNanos(), deadline - System.nanoTime());
-        return watchdog.schedule(
+        return WATCHDOG.schedule(
                 () -> {
                     body.close();
                     return null;
                 },
                 nanos,
                 TimeUnit.NANOSECONDS);
-    }
-
-    @Override
-    public void close() {
-        watchdog.shutdownNow();
     }
 }
