@@ -57,7 +57,24 @@ def test_batch_failure_of_one_task_is_an_item(simulator: Simulator, gate: Gatewa
     assert body["items"][1]["status"] == "succeeded"
     summary = body["summary"]
     assert (summary["total"], summary["errors"], summary["succeeded"]) == (2, 1, 1)
-    assert (summary["progress"], summary["etaSeconds"], summary["terminal"]) == (1.0, 0.0, False)
+    assert (summary["progress"], summary["etaSeconds"], summary["terminal"]) == (1.0, None, False)
+
+
+@pytest.mark.parametrize(
+    ("etas", "expected"),
+    [([], 0.0), ([0], None), ([0, 12.5], 12.5), ([30.5, 12.5], 30.5)],
+    ids=["all-ended", "unknown", "one-unknown", "known"],
+)
+def test_batch_eta_is_that_of_the_tasks_that_have_not_ended(
+    simulator: Simulator, gate: Gateway, etas: list[float], expected: float | None
+) -> None:
+    """An ended task does not hide that the time left of the others is unknown."""
+    tasks = [simulator.finished()]
+    for eta in etas:  # the vendor sends 0 for an unknown time
+        tasks.append(simulator.task())
+        simulator.script(tasks[-1], status="running", progress=0.5, etaRelative=eta)
+    summary = gate.client.get("/v1/progress", params={"taskId": tasks}).json()["summary"]
+    assert (summary["etaSeconds"], summary["terminal"]) == (expected, not etas)
 
 
 def test_batch_of_failures_has_no_mean(gate: Gateway) -> None:
