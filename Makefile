@@ -96,9 +96,9 @@ lock: .venv/dev.stamp ## write the lock files from pyproject.toml; ARGS=--upgrad
 chart: .venv/dev.stamp ## write the table of values in the chart's README
 	@$(BIN)/python helm/readme.py
 
-clean: ## remove all files that make and the tools created
+clean: ## remove all files that make, the tools and the commands of the demo created
 	rm -rf .venv .cache .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache \
-	  .ruff_cache .schemathesis build dist $(SDK)/node_modules
+	  .ruff_cache .schemathesis build dist images $(SDK)/node_modules
 	find .ci gateway helm tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Prerequisites of the targets above.
