@@ -693,6 +693,22 @@ def test_snippets_page_shows_progress_from_another_origin(
     until(lambda: gate.metric("watchers", kind="events") == 0, "the stream is closed")
 
 
+def test_snippets_page_says_that_its_origin_may_not_be_allowed(
+    browser_page: Page, origin: str, simulator: Simulator, launch: Launch
+) -> None:
+    """A page whose origin is not allowed shows what may be the cause, and one that is allowed does not."""
+    task = simulator.finished()
+    trouble, rows = browser_page.locator("#trouble"), browser_page.locator("#tasks")
+    refusing = launch(simulator.url, cache=QUICK)
+    browser_page.goto(f"{origin}/?gateway={refusing.url}/&taskId={task}")
+    expect(trouble).to_contain_text(f"does not allow {origin} in server.cors_origins")
+    expect(rows).to_be_empty()
+    allowing = launch(simulator.url, cache=QUICK, server={"cors_origins": [origin]})
+    browser_page.goto(f"{origin}/?gateway={allowing.url}/&taskId={task}")
+    expect(rows).to_contain_text(f"{task}: succeeded, 100 %")
+    expect(trouble).to_be_empty()
+
+
 def test_snippets_page_retries_a_full_gateway(
     browser_page: Page, origin: str, simulator: Simulator, launch: Launch
 ) -> None:
@@ -703,9 +719,11 @@ def test_snippets_page_retries_a_full_gateway(
         until(lambda: gate.metric("watchers", kind="events") == 1, "the gateway is full")
         browser_page.goto(f"{origin}/?gateway={gate.url}/&taskId={task}")
         until(lambda: gate.metric("http_requests_total", status="503"), "the stream is refused")
+        expect(browser_page.locator("#trouble")).to_contain_text(f"No data from {gate.url}: ")
     expect(browser_page.locator("#tasks")).to_contain_text(
         f"{task}: succeeded, 100 %", timeout=PATIENCE_SECONDS * 1000
     )
+    expect(browser_page.locator("#trouble")).to_be_empty()
 
 
 @with_nginx
