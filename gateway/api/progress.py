@@ -13,7 +13,7 @@ from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.progress_response import HEADER_NAMES, build_response, seen_revision_of
 from gateway.api.request_log import record_outcome
 from gateway.api.requests import FAILURE, LONG_POLL, free_headers, header, query_parameters
-from gateway.api.server_extensions import DisconnectListener, while_connected
+from gateway.api.server_extensions import DisconnectListener, require_connected, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.wait_parameter import requested_wait
 from gateway.domain.entity_tag import EntityTags, matches, possible_tags
@@ -82,6 +82,7 @@ class ProgressEndpoint:
 
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
         """
+        require_connected(scope)
         client = client_key(scope)
         with self._hub.counted_as_unanswered([key], client=client):
             await self._service.read_arrived_messages()

@@ -8,7 +8,7 @@ let requests with work for many tasks take turns, and check whether a client has
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from typing import Protocol, TypeVar
@@ -68,11 +68,11 @@ def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
     return None if connection is None else connection.direct_transport()
 
 
-def _require_connected(scope: Scope) -> None:
+def require_connected(scope: Scope) -> None:
     """Check that the client is still connected. Raises: ClientDisconnect if it has left.
 
-    Without this, the requests of clients that connect, send and leave would start queries for a hundred tasks
-    each. A client that half-closes its connection counts as one that has left.
+    Without this, clients that connect, send and leave would cause queries of which nothing is used. A client
+    that half-closes its connection counts as one that has left.
     """
     connection = _connection_of(scope)
     has_left = DISCONNECTED in scope.get("extensions", {}).get(ON_DISCONNECT, ())
@@ -87,12 +87,12 @@ async def take_turn(scope: Scope, *, tasks: int, connected: bool = True) -> None
     the work needs no query, so that clients may half-close their connections.
     """
     if connected:
-        _require_connected(scope)
+        require_connected(scope)
     connection = _connection_of(scope)
     if connection is not None:
         await connection.heavy_work.turn(tasks=tasks, client=client_key(scope))
         if connected:
-            _require_connected(scope)
+            require_connected(scope)
 
 
 def is_chunked(scope: Scope) -> bool:
@@ -155,11 +155,16 @@ class DisconnectListener:
         self._callback()
 
 
-async def while_connected(scope: Scope, receive: Receive, result: Awaitable[T]) -> T:
+async def while_connected(scope: Scope, receive: Receive, result: Coroutine[object, object, T]) -> T:
     """Await `result` for as long as the client stays connected.
 
-    Raises: ClientDisconnect when the client disconnects; `result` is cancelled.
+    Raises: ClientDisconnect when the client disconnects, or has left before; `result` is cancelled.
     """
+    try:
+        require_connected(scope)
+    except ClientDisconnect:
+        result.close()
+        raise
     loop = asyncio.get_running_loop()
     try:
         # The callback triggers this timeout, which cancels the task, and distinguishes its own cancellation

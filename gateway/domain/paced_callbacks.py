@@ -38,11 +38,14 @@ class PacedCallbacks:
         self._used = 0  # weight of the callbacks of this iteration
         self._allowed = per_iteration
         self._waiting = 0
+        self._scheduled = False  # `_on_next_iteration` will be called
         self._queues: OrderedDict[bytes, deque[tuple[Callable[[], object], int]]] = OrderedDict()
 
-    def start(self, loop: asyncio.AbstractEventLoop, run: Run, running: Running, *, client: bytes) -> None:
+    def start(
+        self, loop: asyncio.AbstractEventLoop, run: Run, running: Running, *, weight: int, client: bytes
+    ) -> None:
         """Run a request in an asyncio task, after earlier callbacks; `running` has it while it runs."""
-        self.add(loop, partial(_start, loop, run, running), weight=1, client=client)
+        self.add(loop, partial(_start, loop, run, running), weight=weight, client=client)
 
     async def turn(self, *, tasks: int, client: bytes) -> None:
         """Wait for earlier callbacks. The work that follows, for so many tasks, counts as one of them."""
@@ -58,31 +61,44 @@ class PacedCallbacks:
         self, loop: asyncio.AbstractEventLoop, callback: Callable[[], object], *, weight: int, client: bytes
     ) -> None:
         """Run a callback after those that this client added before."""
-        if self._used < self._allowed and client not in self._queues:
-            self._run(loop, callback, weight)
-            return
+        if self._used < self._allowed and not self._queues:
+            self._used += weight
+            self._schedule(loop)
+            callback()
+        else:
+            self.postpone(loop, callback, weight=weight, client=client)
+
+    def postpone(
+        self, loop: asyncio.AbstractEventLoop, callback: Callable[[], object], *, weight: int, client: bytes
+    ) -> None:
+        """Run a callback after those that this client added before, and not in this iteration."""
+        self._schedule(loop)
         self._waiting += 1
         queue = self._queues.get(client)
         if queue is None:
             queue = self._queues[client] = deque()
         queue.append((callback, weight))
 
-    def _run(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], object], weight: int) -> None:
-        if not self._used:
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._scheduled:
+            self._scheduled = True
             loop.call_soon(self._on_next_iteration, loop)
-        self._used += weight
-        callback()
 
     def _on_next_iteration(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._scheduled = False
         self._used = 0
         self._allowed = min(self._per_iteration + self._waiting // _BACKLOG_DIVISOR, _MOST_PER_ITERATION)
-        while self._queues and self._used < self._allowed:
+        for _ in range(self._waiting):  # not those that are added meanwhile
+            if self._used >= self._allowed:
+                break
             client, queue = self._queues.popitem(last=False)
             callback, weight = queue.popleft()
             self._waiting -= 1
             if queue:
                 self._queues[client] = queue  # the last one of the next round
-            self._run(loop, callback, weight)
+            self._used += weight
+            self._schedule(loop)
+            callback()
 
 
 def _start(loop: asyncio.AbstractEventLoop, run: Run, running: Running) -> None:

@@ -27,12 +27,10 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
-from gateway.api.client_limits import client_key
 from gateway.api.problems import INTERNAL_ERROR, status_and_title
 from gateway.api.server_extensions import CONNECTION, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
 from gateway.domain.paced_callbacks import PacedCallbacks
-from gateway.server.client_transport import ClientTransport
 from gateway.server.error_response import render_closing_response
 from gateway.server.exchange import Exchange, MakeExchange, make_scope
 from gateway.server.framing import (
@@ -45,17 +43,17 @@ from gateway.server.framing import (
     parse_head,
     remove_empty_lines,
 )
+from gateway.server.turn_taking import MAX_IN_A_ROW, TurnTaking
 
 _BODY_GRACE_SECONDS = 2.0  # lets an application with its own body timeout answer first
 _LAST_REQUEST_SECONDS = 0.5  # longer than a round trip, and short compared with a grace period
 _MAX_READ_AHEAD = 32_768  # bytes of later requests after which reading pauses; one more read may double them
 
 
-class Connection(ClientTransport):
+class Connection(TurnTaking):
     """One connection. All share the attributes below. `application` replaces uvicorn's, if it is set."""
 
     application: ASGIApp | None = None
-    request_starts: PacedCallbacks
     heavy_work: PacedCallbacks  # for many tasks
 
     __slots__ = (
@@ -72,8 +70,6 @@ class Connection(ClientTransport):
         "_scanned",  # bytes of the buffer without the end of a head
         "_server",  # the local address
         "_shutting_down",
-        "_waits_to_continue",  # other connections come first; see `fast_path.py`
-        "client",
         "server_state",
     )
 
@@ -93,14 +89,14 @@ class Connection(ClientTransport):
         self._body: BodyDecoder | None = None
         self._exchange: Exchange | None = None
         self._is_head_request = self._receiving_head = self._over_limit = False
-        self._processing = self._shutting_down = self._waits_to_continue = False
+        self._processing = self._shutting_down = False
 
     # Callbacks of the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the first request. A connection over the limit may only send a probe."""
         super().connection_made(transport)
-        self.client: tuple[str, int] | None = get_remote_addr(self.transport)  # None on a Unix socket
+        self.client = get_remote_addr(self.transport)
         self._server = get_local_addr(self.transport)
         self.server_state.connections.add(self)  # type: ignore[arg-type]  # typed for uvicorn's own protocols
         self._over_limit = not self.limits.on_connection_opened()
@@ -117,6 +113,7 @@ class Connection(ClientTransport):
 
     def eof_received(self) -> None:
         """Close once the client has read the write buffer: half-closed connections are not supported."""
+        self._end_wait()
         if not self._closing:
             self._close_transport(linger=False)
             self._drop_request()
@@ -127,6 +124,7 @@ class Connection(ClientTransport):
             self._drop(data)
         else:
             self._buffer += data
+            self._in_a_row = MAX_IN_A_ROW
             self._process()
 
     def resume_writing(self) -> None:
@@ -220,7 +218,7 @@ class Connection(ClientTransport):
     def _step(self) -> bool:
         """Parse one head or one part of a body; tell whether another step may follow."""
         if self._exchange is None:
-            return not self.write_paused and not self._waits_to_continue and self._read_head()
+            return not self.write_paused and not self._waits_for_turn and self._read_head()
         return self._body is not None and self._read_body(self._body, self._exchange)
 
     def _read_head(self) -> bool:
@@ -239,6 +237,8 @@ class Connection(ClientTransport):
         if not length:
             self._scanned = len(buffer)
             self._start_head_timeout()
+            return False
+        if not self._take_turn(length):
             return False
         data = bytes(buffer[:length])
         del buffer[:length]
@@ -267,15 +267,13 @@ class Connection(ClientTransport):
             state=self._lifespan_state.copy(),
             extensions={ON_DISCONNECT: {}, CONNECTION: self},
         )
-        exchange = self._exchange = make_exchange(
-            self, head, scope, has_body=self._body is not None, headers=self.server_state.default_headers
-        )
+        exchange = self._exchange = make_exchange(self, head, scope, has_body=self._body is not None)
         if self._body is None:
             self._deadline.clear()
         else:
             self._deadline.set(self.limits.header_seconds + _BODY_GRACE_SECONDS)
         run = exchange.run(self.application or self._config.loaded_app)
-        self.request_starts.start(self.loop, run, self.server_state.tasks, client=client_key(scope))
+        self._start_in_turn(run, self.server_state.tasks, len(data))
 
     def _read_body(self, body: BodyDecoder, exchange: Exchange) -> bool:
         if exchange.is_body_buffer_full:
@@ -296,7 +294,7 @@ class Connection(ClientTransport):
     def _update_reading(self) -> None:
         """Pause reading while the buffer holds bytes that cannot be processed yet; otherwise resume it."""
         if self._exchange is None:
-            read = not self.write_paused and not self._waits_to_continue
+            read = not self.write_paused and (not self._waits_for_turn or len(self._buffer) < _MAX_READ_AHEAD)
         elif self._body is not None:
             read = not self._exchange.is_body_buffer_full
         else:

@@ -20,8 +20,8 @@ from urllib.parse import unquote
 
 import structlog
 from starlette.types import ASGIApp, Message, Scope
+from uvicorn.server import ServerState
 
-from gateway.api.requests import Headers
 from gateway.api.server_extensions import CONNECTION, DISCONNECTED, ON_DISCONNECT, chunk
 from gateway.domain.errors import GatewayError
 from gateway.domain.paced_callbacks import PacedCallbacks
@@ -33,6 +33,8 @@ _FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*\
 # Escapes that stay in the path: of "/" and of control characters. Decoded, they would change the route.
 # Starlette's patterns also match before a final line break.
 _KEPT_ESCAPES = re.compile(r"(%(?:[01][0-9A-Fa-f]|2[Ff]|7[Ff]))")
+# A longer path matches no route, or has an invalid task ID. It stays encoded: 31 KB of escapes take 11 ms.
+_LONGEST_DECODED = 1024
 _WITHOUT_BODY = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
 _BODY_IGNORED = frozenset({"GET", "HEAD"})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -52,6 +54,7 @@ STATUS_LINES = {status: _status_line(status) for status in range(200, 600)}
 class ClientConnection(Protocol):
     """What an exchange uses of its connection to the client."""
 
+    server_state: ServerState  # has the first headers of each response; uvicorn renews their Date
     write_paused: bool  # the write buffer is full: the client does not read fast enough
     heavy_work: PacedCallbacks  # for many tasks, or for a client that has left
 
@@ -66,6 +69,9 @@ class ClientConnection(Protocol):
 
     def response_started(self) -> None:
         """Decide about keep-alive; called before the head of the response is rendered."""
+
+    def client_has_left(self) -> bool:
+        """Ask the kernel whether the client has disconnected, and if so, close the connection."""
 
     def request_dropped(self) -> None:
         """Count a request that does not start, because its client has left."""
@@ -105,12 +111,14 @@ def make_scope(
 
 
 def _decode_path(path: str) -> str:
+    if len(path) > _LONGEST_DECODED:
+        return path
     parts = _KEPT_ESCAPES.split(path)
     return "".join(part if number % 2 else unquote(part) for number, part in enumerate(parts))
 
 
 class Exchange:
-    """One request and its response. Each response begins with `headers`."""
+    """One request and its response."""
 
     __slots__ = (
         "_body",
@@ -119,7 +127,6 @@ class Exchange:
         "_body_error",
         "_chunked",
         "_connection",
-        "_default_headers",
         "_dropped",
         "_empty_message_due",
         "_expects_continue",
@@ -142,7 +149,6 @@ class Exchange:
         scope: Scope,
         *,
         has_body: bool,
-        headers: Headers,
     ) -> None:
         self.scope = scope
         # The client may send another request before it reads the response.
@@ -153,7 +159,6 @@ class Exchange:
         self.complete = False  # the application has sent the whole response
         self.streams_body = False  # the head is sent, and parts of a body of unknown length follow
         self._connection = connection
-        self._default_headers = headers
         self._expects_continue = head.expects_continue and has_body
         self._body = bytearray()
         self._dropped = 0  # bytes of a body without meaning
@@ -269,7 +274,7 @@ class Exchange:
         self._expects_continue = False
         bodiless = self.scope["method"] == "HEAD" or status in _WITHOUT_BODY
         lines = []
-        for name, value in (*self._default_headers, *headers):
+        for name, value in (*self._connection.server_state.default_headers, *headers):
             lower = name.lower()
             if lower == b"content-length":
                 self._length_left = int(value)

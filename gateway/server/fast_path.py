@@ -27,7 +27,6 @@ from gateway.server.connection import Connection
 from gateway.server.exchange import STATUS_LINES, Exchange, MakeExchange
 from gateway.server.framing import Head
 
-_HITS_PER_ITERATION = 8  # of one connection; 256 KB of hits in one turn would block the event loop for 45 ms
 _MAX_REMEMBERED = 2048  # bytes of a request: each of thousands of connections may remember its last one
 
 _METHOD, _VERSION = b"GET ", b" HTTP/1.1\r\n"
@@ -93,12 +92,15 @@ class SimpleMiss(Exchange):
         """Wait for the response, and send it. On a failure, let the application send the error."""
         self._task = asyncio.current_task()
         try:
+            if self._connection.client_has_left():
+                raise ClientDisconnect  # noqa: TRY301  # handled like the other failures
             response, request_id = await self._hits.wait(self._key, self._traits, self.scope)
-            head = self._heads.render(response, self._default_headers)
+            head = self._heads.render(response, self._connection.server_state.default_headers)
         except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001  # the application reports it
             self._task = None
-            self.scope["state"][FAILURE] = ClientDisconnect() if self.disconnected else exc
-            if self.disconnected:  # the application only writes the log, for few clients at a time
+            left = self.disconnected or isinstance(exc, ClientDisconnect)
+            self.scope["state"][FAILURE] = ClientDisconnect() if left else exc
+            if left:  # the application only writes the log, for few clients at a time
                 await self._connection.heavy_work.turn(tasks=1, client=client_key(self.scope))
             await super()._call(app)
             return
@@ -115,7 +117,7 @@ class FastPathConnection(Connection):
     hits: CachedResponses
     heads: HeadRenderer
 
-    __slots__ = ("_hits_left", "_last")
+    __slots__ = ("_last",)
 
     # The last request, if it was a hit and no other bytes followed: the whole request, its target, the bytes
     # after the target, and its traits.
@@ -137,27 +139,28 @@ class FastPathConnection(Connection):
                     and len(data) <= self.limits.max_header_bytes
                 )
                 target = data[len(_METHOD) : -len(rest)] if same_form else b""
-            if target and not self._closing and not self.write_paused and self._serve_hit(target, traits):
-                if not self.write_paused:  # else the deadline for a client that does not read stays
-                    # The state is still idle: only the deadline moves.
-                    self._deadline.at = self.loop.time() + self.limits.keep_alive_seconds
-                return
+            if target and not (self._closing or self.write_paused or self._waits_for_turn):
+                turns = self.request_turns
+                if turns.at_once > 0:  # not a call: it would cost a tenth of the hits
+                    turns.at_once -= 1
+                elif not self._take_turn(len(data)):
+                    self._buffer += data
+                    return
+                if self._serve_hit(target, traits):
+                    if not self.write_paused:  # else the deadline for a client that does not read stays
+                        # The state is still idle: only the deadline moves.
+                        self._deadline.at = self.loop.time() + self.limits.keep_alive_seconds
+                    return
             self._last = None
-        self._hits_left = _HITS_PER_ITERATION
         super().data_received(data)
 
-    def _wait_to_continue(self) -> None:
-        """Serve the further hits after the other connections have had their turn."""
-        self._waits_to_continue = True
-        if not self.write_paused:  # the deadline of the previous state must not end this one
-            self._deadline.set(self.limits.keep_alive_seconds)
-        self.loop.call_soon(self._continue)
-
-    def _continue(self) -> None:
-        self._waits_to_continue = False
-        self._hits_left = _HITS_PER_ITERATION
-        if not self._closing:
-            self._process()
+    def _on_turn(self) -> None:
+        if self._last is None:
+            super()._on_turn()
+            return
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        self.data_received(data)
 
     def _start_request(self, data: bytes, head: Head, make_exchange: MakeExchange = Exchange) -> None:
         """Serve a hit, or wait for the result of a simple miss; pass any other request on."""
@@ -166,11 +169,8 @@ class FastPathConnection(Connection):
         if plain and not self._over_limit and not self.limits.draining:
             traits = self.hits.traits(head.headers)
             if traits is not None and self._serve_hit(head.target, traits):
-                self._hits_left -= 1
                 if not self._buffer:
                     self._remember(data, head.target, traits)
-                elif self._hits_left <= 0:
-                    self._wait_to_continue()
                 return
             if traits is not None and (key := self.hits.task_of_miss(head.target)) is not None:
                 make_exchange = partial(SimpleMiss, self.hits, self.heads, key, traits)

@@ -9,6 +9,7 @@ from gateway.domain.paced_callbacks import PacedCallbacks
 from gateway.server.connection import Connection
 from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection, HeadRenderer
+from gateway.server.turn_taking import RequestTurns
 
 # Requests that start in one iteration of the event loop. With 2, a gateway without its fast path serves 0.88
 # times the requests per CPU-second. With more, a burst of requests delays other clients for longer.
@@ -25,6 +26,7 @@ def make_protocol_class(
     """
     attributes: dict[str, object] = {
         "limits": limits,
+        "request_turns": RequestTurns(),
         "request_starts": PacedCallbacks(per_iteration=_STARTS_PER_ITERATION),
         "heavy_work": PacedCallbacks(),
         "application": application,

@@ -189,7 +189,14 @@ class CredentialRotation:
             return  # the call was in flight at the first refusal
         self._refusals[operation, loaded.pair] = _Refusal(now + self._refusal_seconds, copy(error))
         if before is None:
-            log.warning("credentials_refused", operation=operation, reason=str(error), **_log_fields(loaded))
+            hint = "run `sd-gateway check`"
+            log.warning(
+                "credentials_refused",
+                operation=operation,
+                reason=str(error),
+                **_log_fields(loaded),
+                hint=hint,
+            )
         self._credentials.reload()  # the files may have changed since the last poll
         known = {candidate.pair for candidate in self._candidates()}
         # The refusal of a replaced pair is kept until its pause is over: later refusals are then not logged.

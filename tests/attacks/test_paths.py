@@ -27,6 +27,10 @@ TASK = "own-task"
         ("/%2Fmetrics", 404, "not-found"),
         ("/openapi.json%0A", 404, "not-found"),
         ("/web%2Fpage.js", 404, "not-found"),
+        # Longer than any valid path, and hence not decoded: that would take milliseconds.
+        (f"/v1/progress/{'%61' * 400}", 400, "invalid-task-id"),
+        (f"/%761/progress/{'%61' * 400}", 404, "not-found"),
+        (f"/{'%2fa%c3' * 4000}", 404, "not-found"),
     ],
 )
 def test_paths_with_escapes_lead_to_no_other_route(

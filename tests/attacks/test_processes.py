@@ -2,12 +2,13 @@
 
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.attacks.wire import Line, lines, request, settle
+from tests.attacks.wire import Line, lines, query, request, settle
 from tests.support import harness
 from tests.support.harness import (
     Gateway,
@@ -282,18 +283,39 @@ def test_processes_hold_no_bodies_of_streams_and_long_polls(
             assert process.resident_bytes() - before < 40 * 30_000
 
 
-@pytest.mark.parametrize("path", ["/v1/progress", "/v1/progress?wait=60", "/v1/events"])
+def many(path: str) -> bytes:
+    """Return a request for a hundred new tasks."""
+    tasks = "&".join(f"taskId={harness.fresh_id()}" for _ in range(100))
+    return request(f"{path}{'&' if '?' in path else '?'}{tasks}")
+
+
+def one(path: str) -> bytes:
+    """Return a request for a new task."""
+    return request(path.replace("{taskId}", harness.fresh_id()))
+
+
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [
+        (many, "/v1/progress"),
+        (many, "/v1/progress?wait=60"),
+        (many, "/v1/events"),
+        (one, "/v1/progress/{taskId}"),
+        (one, "/v1/progress/{taskId}?wait=60"),
+        (one, "/v1/results/{taskId}"),
+        (lambda _: query(harness.fresh_id()), "/scc/sd_get_progress"),
+    ],
+)
 def test_processes_start_no_queries_for_clients_that_have_left(
-    simulator: Simulator, tmp_path: Path, edge: str, path: str
+    simulator: Simulator, tmp_path: Path, edge: str, make: Callable[[str], bytes], path: str
 ) -> None:
-    """Clients that send a request for a hundred tasks and leave before it is read cause no upstream call."""
+    """Clients that send a request for new tasks and leave before it is read cause no upstream call."""
     with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
         settle(gate)
         process.signal(signal.SIGSTOP)
         for _ in range(20):
-            tasks = "&".join(f"taskId={harness.fresh_id()}" for _ in range(100))
             with Line(gate) as client:
-                client.send(request(f"{path}{'&' if '?' in path else '?'}{tasks}"))
+                client.send(make(path))
         process.signal(signal.SIGCONT)
         # Some leave before their request has started; its route is then "other". Other requests may end after
         # their connection is closed, because the work of clients that have left is done in turn.

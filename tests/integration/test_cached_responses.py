@@ -273,7 +273,7 @@ def upstream() -> Iterator[RawUpstream]:
 
 @pytest.mark.parametrize(
     ("edge", "headers", "most"),
-    [(True, b"", 12), (True, b"X-Request-Id: %d\r\n", 40), (False, b"", 75)],
+    [(True, b"", 12), (True, b"X-Request-Id: %d\r\n", 41), (False, b"", 75)],
     ids=["alike", "parsed", "application"],
 )
 async def test_hits_cost_no_task_no_json_and_few_calls(

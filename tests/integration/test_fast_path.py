@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from copy import copy
 from functools import partial
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any, Self, cast
 
 import pytest
 import uvicorn
@@ -85,10 +87,11 @@ class Timer:
 class Wire:
     """The transport of a connection, which records what is written."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str) -> None:
         self.written = b""
         self.closed = False
         self.reading = True
+        self._host = host
 
     def write(self, data: bytes) -> None:
         self.written += data
@@ -102,7 +105,7 @@ class Wire:
         return self.closed
 
     def get_extra_info(self, name: str, default: object = None) -> object:
-        return ("127.0.0.1", 1) if name in {"sockname", "peername"} else default
+        return (self._host, 1) if name in {"sockname", "peername"} else default
 
     def set_write_buffer_limits(self, **_: int) -> None:
         pass
@@ -125,7 +128,7 @@ class Wire:
 
 
 class Connection:
-    """A connection with the fast path and one cached task."""
+    """A connection with the fast path and one cached task. `another` is one more of the same server."""
 
     def __init__(self, *, max_header_bytes: int = 1024) -> None:
         async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
@@ -138,14 +141,24 @@ class Connection:
             keep_alive_seconds=KEEP_ALIVE_SECONDS,
             max_header_bytes=max_header_bytes,
             max_header_count=100,
-            max_connections=10,
+            max_connections=2000,
         )
         kind = make_protocol_class(policy, hits=bench.hits)
         config = uvicorn.Config(app, http=kind, log_config=None, access_log=False, lifespan="off")
         config.load()
         self.loop = Loop()
-        self.wire = Wire()
-        made = kind(config, ServerState(), {}, cast("asyncio.AbstractEventLoop", self.loop))
+        self._make = partial(kind, config, ServerState(), {}, cast("asyncio.AbstractEventLoop", self.loop))
+        self._connect("127.0.0.1")
+
+    def another(self, host: str = "127.0.0.1") -> Self:
+        """Open another connection, from this address."""
+        opened = copy(self)
+        opened._connect(host)
+        return opened
+
+    def _connect(self, host: str) -> None:
+        self.wire = Wire(host)
+        made = self._make()
         assert isinstance(made, FastPathConnection)
         self.protocol = made
         self.protocol.connection_made(cast("asyncio.Transport", self.wire))
@@ -215,15 +228,91 @@ async def test_answering_keeps_the_order_of_requests(connection: Connection) -> 
 
 @pytest.mark.parametrize("rest", [b"", HIT[:9]])
 async def test_answering_takes_turns(connection: Connection, rest: bytes) -> None:
-    """Of many hits that arrive together, each iteration serves 8, so that other connections do not wait."""
+    """Of many hits that arrive together, each iteration serves 8 or 9, so that others do not wait."""
     connection.send(HIT * 20 + rest)
     answers = []
     for _ in range(4):
-        answers.append((connection.wire.answers(), connection.wire.reading))
+        answers.append(connection.wire.answers())
         connection.loop.iterate()
-    assert answers == [(8, False), (16, False), (20, True), (20, True)]
+    assert answers == [8, 17, 20, 20]
     connection.send(HIT[len(rest) :])
     assert connection.wire.answers() == 21
+
+
+async def test_answering_reads_little_ahead_of_its_turn(connection: Connection) -> None:
+    """Reading pauses while 32 KB of requests wait for their turn."""
+    connection.send(HIT * 1000)
+    reading = []
+    while connection.wire.answers() < 1000:
+        reading.append(connection.wire.reading)
+        connection.loop.iterate()
+    assert reading[0] is False
+    assert reading == sorted(reading)
+    assert connection.wire.reading
+
+
+@pytest.mark.parametrize("sent", [HIT, HIT * 9], ids=["one-each", "pipelined"])
+async def test_answering_serves_a_limited_number_per_iteration(connection: Connection, sent: bytes) -> None:
+    """A thousand busy connections do not make others wait: each iteration serves a few hundred requests."""
+    crowd = [connection.another() for _ in range(1000)]
+    for each in crowd:
+        each.send(HIT)  # the first one is parsed, and remembered
+    while any(not each.wire.answers() for each in crowd):
+        connection.loop.iterate()
+    for each in crowd:
+        each.send(sent)
+    other = connection.another("127.0.0.2")
+    served = [1000]
+    while other.wire.answers() == 0:
+        if len(served) == 2:
+            other.send(HIT)
+        connection.loop.iterate()
+        served.append(sum(each.wire.answers() for each in crowd))
+    assert len(served) <= 4, "the other client waits for an iteration or two"
+    assert all(later - earlier <= 400 for earlier, later in pairwise(served))
+    while any(each.wire.answers() < 1 + sent.count(HIT) for each in crowd):
+        connection.loop.iterate()
+    assert not any(each.wire.closed for each in crowd)
+
+
+async def test_answering_serves_clients_in_turn(connection: Connection) -> None:
+    """A client with hundreds of connections does not delay a client with one."""
+    crowd = [connection.another() for _ in range(700)]
+    for each in crowd:
+        each.send(HIT)
+    one = connection.another("127.0.0.2")
+    one.send(HIT)
+    assert one.wire.answers() == 0
+    connection.loop.iterate()
+    assert one.wire.answers() == 1
+    assert any(not each.wire.answers() for each in crowd)
+
+
+async def test_answering_charges_long_requests_more() -> None:
+    """A request with kilobytes of headers takes longer, and counts as several."""
+    connection = Connection(max_header_bytes=65536)
+    long = HIT.replace(b"1.1\r\n", b"1.1\r\nX-Long: %b\r\n" % (b"x" * 30_000))
+    crowd = [connection.another() for _ in range(100)]
+    for each in crowd:
+        each.send(long)
+    assert 10 < sum(each.wire.answers() for each in crowd) < 20
+    while any(not each.wire.answers() for each in crowd):
+        before = sum(each.wire.answers() for each in crowd)
+        connection.loop.iterate()
+        assert sum(each.wire.answers() for each in crowd) < before + 30
+
+
+async def test_answering_serves_a_waiting_hit_of_a_client_that_closes(connection: Connection) -> None:
+    """A hit that waits for its turn is served before a half-closed connection is closed."""
+    crowd = [connection.another() for _ in range(200)]
+    for each in crowd:
+        each.send(HIT)
+    connection.send(HIT)
+    assert connection.wire.answers() == 0
+    connection.protocol.eof_received()
+    assert (connection.wire.answers(), connection.wire.closed) == (1, True)
+    connection.loop.iterate()
+    assert connection.wire.answers() == 1
 
 
 async def test_answering_keeps_hits_that_wait_beyond_an_older_deadline(connection: Connection) -> None:

@@ -21,7 +21,7 @@ class Bench:
     def add(self, *numbers: int) -> None:
         loop = asyncio.get_running_loop()
         for number in numbers:
-            self._pace.start(loop, self._request(number), self.tasks, client=b"")
+            self._pace.start(loop, self._request(number), self.tasks, weight=1, client=b"")
 
     def call(self, number: int, *, weight: int, client: bytes = b"") -> None:
         call = partial(self.started.append, number)

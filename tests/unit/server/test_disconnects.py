@@ -25,7 +25,7 @@ def exchange_with(listeners: dict[object, Any]) -> Exchange:
     """Return the exchange of a request with these listeners."""
     head = parse_head(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", max_fields=10)
     scope = {"method": "GET", "extensions": {ON_DISCONNECT: listeners, CONNECTION: Mock()}}
-    return Exchange(Mock(), head, scope, has_body=False, headers=[])
+    return Exchange(Mock(), head, scope, has_body=False)
 
 
 async def test_disconnect_calls_the_listeners_at_once() -> None:
