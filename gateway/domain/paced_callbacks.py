@@ -29,7 +29,8 @@ class PacedCallbacks:
     is cached. The callbacks of one client keep their order. The clients take turns, so that a burst of one
     client does not delay the others.
 
-    `per_iteration`: the weight of the callbacks of one iteration when no others wait. A client is a key of
+    `per_iteration`: the weight of the callbacks of one iteration when no others wait, or more than the
+    maximum. A client is a key of
     `api/client_limits.py`.
     """
 
@@ -87,7 +88,8 @@ class PacedCallbacks:
     def _on_next_iteration(self, loop: asyncio.AbstractEventLoop) -> None:
         self._scheduled = False
         self._used = 0
-        self._allowed = min(self._per_iteration + self._waiting // _BACKLOG_DIVISOR, _MOST_PER_ITERATION)
+        with_backlog = min(self._per_iteration + self._waiting // _BACKLOG_DIVISOR, _MOST_PER_ITERATION)
+        self._allowed = max(self._per_iteration, with_backlog)
         for _ in range(self._waiting):  # not those that are added meanwhile
             if self._used >= self._allowed:
                 break
