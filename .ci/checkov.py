@@ -18,21 +18,26 @@ CHART = ROOT / "helm" / "sd-progress-gateway"
 Finding = tuple[str, str]  # the kind of resource, and the check
 
 
-def findings(checkov: str, file: Path, framework: str) -> dict[Finding, str]:
-    """Return checkov's findings in a file and their messages."""
-    command = [checkov, "--framework", framework, "--file", file.name, "--skip-download", "--soft-fail"]
+def findings(checkov: str, folder: Path, files: list[Path], framework: str) -> dict[Finding, str]:
+    """Return checkov's findings in the files of a folder and their messages."""
+    names = [file.name for file in files]
+    command = [checkov, "--framework", framework, "--skip-download", "--soft-fail", "--output", "json"]
     ran = subprocess.run(  # noqa: S603  # our own arguments
-        [*command, "--compact", "--quiet", "--output", "json"],
-        cwd=file.parent,
+        [*command, "--file", *names],
+        cwd=folder,
         stdout=subprocess.PIPE,
         check=True,
     )
-    report = json.loads(ran.stdout)
-    if not report.get("summary", report)["resource_count"]:
-        sys.exit(f"checkov found no resources in {file}")
+    results = json.loads(ran.stdout)["results"]
+    failed = results["failed_checks"]
+    scanned = {check["file_path"].strip("/") for check in [*failed, *results["passed_checks"]]}
+    if missing := set(names) - scanned:
+        sys.exit(f"checkov found no resources in {', '.join(sorted(missing))}")
     return {
-        (check["resource"].partition(".")[0], check["check_id"]): f"{check['check_name']} ({file.name})"
-        for check in report.get("results", {}).get("failed_checks", [])
+        (check["resource"].partition(".")[0], check["check_id"]): (
+            f"{check['check_name']} ({check['file_path'].strip('/')})"
+        )
+        for check in failed
     }
 
 
@@ -47,10 +52,11 @@ def rendered(values: Path, folder: Path) -> Path:
 def main(checkov: str) -> int:
     """Compare the findings with the accepted ones; return the exit status."""
     accepted: dict[str, dict[str, str]] = tomllib.loads((HERE / "checkov.toml").read_text())
-    found = findings(checkov, ROOT / "Dockerfile", "dockerfile")
-    with tempfile.TemporaryDirectory() as folder:
-        for values in sorted((CHART / "ci").glob("*.yaml")):
-            found |= findings(checkov, rendered(values, Path(folder)), "kubernetes")
+    found = findings(checkov, ROOT, [ROOT / "Dockerfile"], "dockerfile")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        manifests = [rendered(values, folder) for values in sorted((CHART / "ci").glob("*.yaml"))]
+        found |= findings(checkov, folder, manifests, "kubernetes")
 
     expected = {(kind, check) for kind, checks in accepted.items() for check in checks}
     new = {(kind, check) for kind, check in found if not {(kind, check), ("any", check)} & expected}

@@ -29,9 +29,8 @@ class PacedCallbacks:
     is cached. The callbacks of one client keep their order. The clients take turns, so that a burst of one
     client does not delay the others.
 
-    `per_iteration`: the weight of the callbacks of one iteration when no others wait, or more than the
-    maximum. A client is a key of
-    `api/client_limits.py`.
+    `per_iteration`: the weight of the callbacks of one iteration when no others wait. It may be more than the
+    maximum above. A client is a key of `api/client_limits.py`.
     """
 
     def __init__(self, *, per_iteration: int = _PER_ITERATION) -> None:
