@@ -294,7 +294,7 @@ class Connection(TurnTaking):
     def _update_reading(self) -> None:
         """Pause reading while the buffer holds bytes that cannot be processed yet; otherwise resume it."""
         if self._exchange is None:
-            read = not self.write_paused and (not self._waits_for_turn or len(self._buffer) < _MAX_READ_AHEAD)
+            read = not self.write_paused and not self._waits_for_turn
         elif self._body is not None:
             read = not self._exchange.is_body_buffer_full
         else:
