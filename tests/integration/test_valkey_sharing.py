@@ -570,6 +570,22 @@ async def test_snapshot_of_an_overlapping_query_is_not_committed(
     assert (await leased(other)).version > second.version
 
 
+async def test_snapshot_of_an_overlapping_query_is_not_kept_without_the_store(
+    opened: Open, other: ValkeyStore, server: StoreServer
+) -> None:
+    """A replica cannot store its snapshot, and has heard of one that is perhaps newer: it serves neither."""
+    with FaultProxy(server.port) as proxy:
+        one = await opened({"url": proxy.url})
+        first, second = await overlapping(other, one, server)
+        await read_of(one, await save(other, first, message="theirs"))
+        proxy.stall(to_server=True, to_client=True)
+        assert await save(one, second, message="own") is None
+        assert await shown(one) is None
+        lease = await one.acquire(KEY)
+        assert isinstance(lease, Lease)
+        assert lease.version > second.version
+
+
 async def read_of(store: ValkeyStore, snapshot: Snapshot | None) -> None:
     """Read the snapshot of another store."""
     assert snapshot is not None

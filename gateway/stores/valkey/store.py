@@ -194,7 +194,7 @@ class ValkeyStore(MemoryStore):
             try:
                 reply = await self._shared_snapshots.write(lease.token, snapshot, known_version=known_version)
                 if reply.kind == b"stored":
-                    return self._put_committed(lease, snapshot)
+                    return self._put_fetched(lease, snapshot)
                 self._shared_snapshots.put_reply(lease.key, reply)
             except StoreUnavailable:
                 if lease.token and self._connection.up:
@@ -213,8 +213,7 @@ class ValkeyStore(MemoryStore):
             known_version = max(known_version, reply.metadata.version)
         else:
             self._leases.end_in_background(lease)
-        self._leases.forget(lease)
-        return self.put(snapshot)
+        return self._put_fetched(lease, snapshot)
 
     async def store_failure(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         """See `Store.store_failure`."""
@@ -309,10 +308,10 @@ class ValkeyStore(MemoryStore):
         version = max(self.next_version(self.last_known(key), requirement), required)
         return self.cached_failure(key) or Lease(key, version)
 
-    def _put_committed(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
-        """Put a committed snapshot into memory; return None if another replica's may be newer.
+    def _put_fetched(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+        """Put a fetched snapshot into memory; return None if another replica's may be newer.
 
-        That happens if the server has evicted the task, and its lease with it, during the query.
+        That happens if the server was not available, or has evicted the task and its lease, during the query.
         """
         required = self._leases.newest_announcement(lease)
         self._leases.forget(lease)
