@@ -331,18 +331,13 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def summarize(snapshots: list[Snapshot], *, errors: int, stale: int = 0) -> dict[str, Any]:
-    """Return the summary of a batch.
-
-    `progress` is the mean. `etaSeconds` is the largest known value of the tasks that have not ended: None if
-    none is known, and 0 if all tasks have ended.
-    """
+    """Return the summary of a batch: the mean `progress`, the largest `etaSeconds` of unfinished tasks."""
     counts: dict[str, int] = dict.fromkeys(Status, 0)
     for snapshot in snapshots:
         counts[snapshot.status or Status.UNKNOWN] += 1
     terminal = not errors and all(snapshot.terminal for snapshot in snapshots)
     # Without the zeros of ended tasks: a task with an unknown time left does not end now.
-    etas = [snapshot.eta_seconds for snapshot in snapshots if not snapshot.terminal]
-    longest = max((eta for eta in etas if eta is not None), default=None)
+    etas = [eta for each in snapshots if not each.terminal and (eta := each.eta_seconds) is not None]
     progress = sum(snapshot.progress or 0.0 for snapshot in snapshots)
     return {
         "total": len(snapshots) + errors,
@@ -350,6 +345,6 @@ def summarize(snapshots: list[Snapshot], *, errors: int, stale: int = 0) -> dict
         "errors": errors,
         "stale": stale,
         "progress": round(progress / len(snapshots), 6) if snapshots else None,
-        "etaSeconds": 0.0 if terminal else longest,
+        "etaSeconds": 0.0 if terminal else max(etas, default=None),
         "terminal": terminal,
     }
