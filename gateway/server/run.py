@@ -255,8 +255,10 @@ class _Server(uvicorn.Server):
         """Stop. Later signals change nothing, except SIGINT after `HANDOVER_SECONDS`: it cancels requests."""
         if self._handed_over and sig == signal.SIGINT:
             self._call(self._cancel_requests)
-        self.interrupted = self.interrupted or (sig == signal.SIGINT and not self._stopping)
+        if self._stopping:
+            return  # quickly, because each signal interrupts the handler of the signal before
         self._stopping = True
+        self.interrupted = sig == signal.SIGINT
         self._call(self._signalled.set)
 
     def _handle_ignored(self, sig: int, _: FrameType | None) -> None:
