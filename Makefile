@@ -8,7 +8,7 @@ WORKERS ?= 5
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# The lock files name all packages, so pip need not look for more: 83 seconds for the development tools, not 109.
+# The lock files name all packages, so pip need not look for more.
 LOCKED := --require-hashes --no-deps
 SDK := tests/sdk
 TOOLS := $(CURDIR)/.cache/bin
@@ -120,12 +120,14 @@ $(BIN)/python:
 
 .venv/dev.stamp: requirements-dev.lock .venv/runtime.stamp
 	@echo 'Installing requirements-dev.lock into .venv' >&2
-	@$(PIP) install $(LOCKED) -r requirements-dev.lock
+	@awk '/^[a-z]/ { uv = /^uv==/ } uv' $< > .venv/uv.txt
+	@$(PIP) install $(LOCKED) -r .venv/uv.txt
+	@.ci/install $(BIN)/python $(LOCKED) -r $<
 	@touch $@
 
 .venv/bench.stamp: requirements-bench.lock .venv/dev.stamp
 	@echo 'Installing requirements-bench.lock into .venv' >&2
-	@$(PIP) install $(LOCKED) -r requirements-bench.lock
+	@.ci/install $(BIN)/python $(LOCKED) -r $<
 	@touch $@
 
 # Some tests run the vendor's own client. They are skipped without npm.

@@ -84,9 +84,8 @@ class Build:
         )  # fmt: skip
 
     def install(self, *arguments: str | Path) -> None:
-        """Install packages into the environment with pip."""
-        python = self.environment / "bin" / "python"
-        self.call(BIN / "python", "-m", "pip", "--quiet", "--python", python, "install", *arguments)
+        """Install packages into the environment."""
+        self.call(ROOT / ".ci" / "install", self.environment / "bin" / "python", *arguments)
 
     def call(self, *command: str | Path) -> str:
         """Run a command, which must succeed; return its output."""
