@@ -3,12 +3,14 @@
 The order of the tests, and which of them are measured by coverage, are decided here as well.
 """
 
+import gc
 import importlib
 import pkgutil
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -20,8 +22,6 @@ from gateway.telemetry.tracing import Tracing
 from tests.support.harness import Gateway, Json, Simulator, Stage, gateway, plain_client, running
 from tests.support.measuring import measured_threads, unmeasured
 
-# Folders by the duration of their longest tests, so that the processes end together.
-FOLDERS = ("deploy", "ingress", "browser", "replicas", "docs", "integration", "attacks", "unit")
 # Coverage slows these tests down by half. They run the same code as the tests of the other folders.
 UNMEASURED = {"ingress", "browser", "replicas", "docs", "attacks", "deploy"}
 # Most cases of a test run the same code, so only this many are measured.
@@ -34,9 +34,10 @@ settings.register_profile("thorough", deadline=None, max_examples=10_000)
 settings.load_profile("tests")
 
 
-def folder_of(item: pytest.Item) -> str:
+@cache
+def folder_of(path: Path) -> str:
     """Return the name of the folder below `tests/`."""
-    return item.path.relative_to(Path(__file__).parent).parts[0]
+    return path.relative_to(Path(__file__).parent).parts[0]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -48,23 +49,32 @@ def pytest_collection() -> Generator[None, object, object]:
     for module in pkgutil.walk_packages(gateway_package.__path__, "gateway."):
         importlib.import_module(module.name)
     with unmeasured():
-        return (yield)
+        collected = yield
+    gc.freeze()  # no collection of garbage needs to look at the collected tests
+    return collected
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Start the long tests first: those with a longer time limit, then the others by their folder."""
-    limit = float(config.getini("timeout"))
+    """Start tests with a longer time limit first, then mix the files of all folders.
 
-    def position(item: pytest.Item) -> tuple[bool, int]:
+    Some folders need much CPU time, others mostly wait. Mixed, their tests keep the cores busy.
+    """
+    limit = float(config.getini("timeout"))
+    files: defaultdict[str, list[Path]] = defaultdict(list)
+    for path in dict.fromkeys(item.path for item in items):
+        files[folder_of(path)].append(path)
+    places = {path: place / len(paths) for paths in files.values() for place, path in enumerate(paths)}
+
+    def position(item: pytest.Item) -> tuple[bool, float]:
         own = item.get_closest_marker("timeout")
-        return own is None or own.args[0] <= limit, FOLDERS.index(folder_of(item))
+        return own is None or own.args[0] <= limit, places[item.path]
 
     items.sort(key=position)
     cases: Counter[str] = Counter()
     for item in items:
         name = item.nodeid.partition("[")[0]
         item.stash[MEASURED] = (
-            folder_of(item) not in UNMEASURED
+            folder_of(item.path) not in UNMEASURED
             and item.get_closest_marker("unmeasured") is None
             # Each of a hundred generated examples runs the same lines.
             and not getattr(getattr(item, "obj", None), "is_hypothesis_test", False)

@@ -235,11 +235,13 @@ def test_costs_of_unanswered_tasks_do_not_stop_queries_for_known_ones(
         assert line.answer().status == 200
         waiting.send(batch(3))
         settle(gate)
-        for count in (2, 3):
+        for _ in range(2):
+            before = sum(each.task_id == "known-1" for each in upstream.requests)
             line.send(request("/v1/progress?taskId=known-1&taskId=new-1"))
             known, new = line.answer().json["items"]
             assert (known["stale"], new["error"]["code"]) == (None, "overloaded")
-            assert sum(each.task_id == "known-1" for each in upstream.requests) == count
+            # A slow call is hedged, so there may be more than one.
+            assert sum(each.task_id == "known-1" for each in upstream.requests) > before
         line.send(request("/v1/progress?taskId=new-1&taskId=new-2"))
         assert line.answer().code == "overloaded"
         hold.set()

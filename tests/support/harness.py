@@ -47,20 +47,30 @@ Json = dict[str, Any]
 
 def until(condition: Callable[[], Any], what: str) -> Any:
     """Poll `condition` until it is true, and return its value; `what` describes it if the wait times out."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    began = polled = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.01)
+        assert time.monotonic() < began + PATIENCE_SECONDS, f"never: {what}"
+        time.sleep(_pause_after(time.monotonic() - polled))
+        polled = time.monotonic()
     return value
 
 
 async def eventually(condition: Callable[[], Any], what: str) -> Any:
     """Like `until`, without blocking the event loop."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    began = polled = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"never: {what}"
-        await asyncio.sleep(0.005)
+        assert time.monotonic() < began + PATIENCE_SECONDS, f"never: {what}"
+        await asyncio.sleep(_pause_after(time.monotonic() - polled))
+        polled = time.monotonic()
     return value
+
+
+def _pause_after(seconds: float) -> float:
+    """Return how many seconds to wait after a poll that took so long, which may be CPU time.
+
+    Rendering the metrics takes about 10 ms of it, for example, and a hundred tests wait for a metric.
+    """
+    return min(max(0.01, 3 * seconds), 0.1)
 
 
 def free_port() -> int:
@@ -255,10 +265,7 @@ class Gateway:
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of the samples of `sd_gateway_{name}` with these labels."""
-        wanted = {f'{key}="{value}"' for key, value in labels.items()}
-        text = self.client.get("/metrics").text
-        found = re.findall(rf"^sd_gateway_{name}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)
-        return sum(float(value) for given, value in found if wanted <= set(given.split(",")))
+        return sum_of_samples(self.client.get("/metrics").text, name, **labels)
 
     def connect(self) -> socket.socket:
         """Open a TCP connection."""
@@ -318,6 +325,13 @@ def gateway(
         plain_client(url) as client,
     ):
         yield Gateway(client)
+
+
+def sum_of_samples(metrics: str, name: str, **labels: str) -> float:
+    """Return the sum of the samples of `sd_gateway_{name}` with these labels, in a response of `/metrics`."""
+    wanted = {f'{key}="{value}"' for key, value in labels.items()}
+    found = re.findall(rf"^sd_gateway_{name}(?:{{(.*)}})? (\S+)$", metrics, re.MULTILINE)
+    return sum(float(value) for given, value in found if wanted <= set(given.split(",")))
 
 
 def drained(connection: socket.socket) -> bytes:
@@ -433,7 +447,10 @@ def read_request(connection: socket.socket) -> Request | None:
     head, _, body = received.partition(b"\r\n\r\n")
     length = int(Request(head, b"").headers.get("content-length", "0"))
     while len(body) < length:
-        body += connection.recv(65536)
+        part = connection.recv(65536)
+        if not part:
+            return None
+        body += part
     return Request(head, body)
 
 
