@@ -24,7 +24,7 @@ from gateway.domain.entity_tag import EntityTags, digest_of, matches, possible_t
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import Status, TaskKey
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupSuccess
 from gateway.progress.service import ProgressService
 from gateway.progress.unanswered_tasks import RETRY_SECONDS, too_many_tasks
 from gateway.watch.hub import WatchHub
@@ -70,14 +70,14 @@ class BatchEndpoint:
         scope["state"]["outcomes"] = outcomes  # for the request log
         stale = {outcome.key: self._stale_code(outcome.key) for outcome in outcomes}
         digest = _digest(
-            _Item.of(outcome.snapshot if isinstance(outcome, FoundSnapshot) else outcome.failure).text(
+            _Item.of(outcome.snapshot if isinstance(outcome, LookupSuccess) else outcome.failure).text(
                 stale[outcome.key]
             )
             for outcome in outcomes
         )
         revisions = {
             outcome.key: (
-                outcome.snapshot.revision if isinstance(outcome, FoundSnapshot) else seen.get(outcome.key, 0)
+                outcome.snapshot.revision if isinstance(outcome, LookupSuccess) else seen.get(outcome.key, 0)
             )
             for outcome in outcomes
         }
@@ -95,7 +95,7 @@ class BatchEndpoint:
 
     def _body(
         self,
-        outcomes: Sequence[FoundSnapshot | LookupFailure],
+        outcomes: Sequence[LookupSuccess | LookupFailure],
         stale: Mapping[TaskKey, str | None],
         *,
         request_id: str,
@@ -103,7 +103,7 @@ class BatchEndpoint:
         items: list[bytes] = []
         stale_count = 0
         for outcome in outcomes:
-            if isinstance(outcome, FoundSnapshot):
+            if isinstance(outcome, LookupSuccess):
                 code = stale[outcome.key]
                 stale_count += code is not None
                 age = self._service.age(outcome.snapshot)  # `outcome.age` is that of the lookup
@@ -113,7 +113,7 @@ class BatchEndpoint:
                 status, title = status_and_title(outcome.failure)
                 problem = problem_document(outcome.failure, status, title, request_id=request_id)
                 items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
-        snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, FoundSnapshot)]
+        snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, LookupSuccess)]
         summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots), stale=stale_count))
         return b'{"items":[%s],"summary":%s}' % (b",".join(items), summary)
 
@@ -129,7 +129,7 @@ class BatchEndpoint:
         seen: Mapping[TaskKey, int],
         *,
         others_known: bool = False,
-    ) -> list[FoundSnapshot | LookupFailure]:
+    ) -> list[LookupSuccess | LookupFailure]:
         """Return the result of each task.
 
         When too many tasks are unanswered already, new ones fail.
@@ -170,8 +170,8 @@ class BatchEndpoint:
         return [outcomes[key] for key in keys]
 
     def _renewed(
-        self, outcomes: Mapping[TaskKey, FoundSnapshot | LookupFailure], seen: Mapping[TaskKey, int]
-    ) -> dict[TaskKey, FoundSnapshot | LookupFailure]:
+        self, outcomes: Mapping[TaskKey, LookupSuccess | LookupFailure], seen: Mapping[TaskKey, int]
+    ) -> dict[TaskKey, LookupSuccess | LookupFailure]:
         """Return the outcomes of cached tasks after a query of others, which may have taken seconds."""
         return {
             key: self._service.peek(key, seen.get(key, 0)) or outcome for key, outcome in outcomes.items()
@@ -186,7 +186,7 @@ class BatchEndpoint:
         wait: float,
         *,
         seen: Mapping[TaskKey, int],
-    ) -> list[FoundSnapshot | LookupFailure]:
+    ) -> list[LookupSuccess | LookupFailure]:
         """Wait until the representation differs from the client's, or every task has ended.
 
         Without If-None-Match, it must differ from the one on arrival. Only the hub's schedules call the
@@ -217,9 +217,9 @@ class BatchEndpoint:
                             await take_turn(scope, tasks=len(watched))  # many may respond to one change
                             latest.take(subscriber)
                 await self._service.read_arrived_messages()
-        known: dict[TaskKey, FoundSnapshot | LookupFailure] = {}
+        known: dict[TaskKey, LookupSuccess | LookupFailure] = {}
         for key in watched:
-            outcome: FoundSnapshot | LookupFailure | None = self._service.peek(key, seen.get(key, 0))
+            outcome: LookupSuccess | LookupFailure | None = self._service.peek(key, seen.get(key, 0))
             if outcome is None and (failure := latest.failure(key)) is not None:
                 outcome = LookupFailure(key, failure, CacheStatus.NEGATIVE)
             if outcome is not None:

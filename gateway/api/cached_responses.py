@@ -43,7 +43,7 @@ from gateway.api.task_parameters import PROGRESS, SimpleTargetParser
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot
+from gateway.progress.outcomes import CacheStatus, LookupSuccess
 from gateway.progress.service import ProgressService
 from gateway.telemetry.counters import FastCounter
 from gateway.telemetry.log_sampling import LogSampler, LogSeries
@@ -78,7 +78,7 @@ class CachedResponse:
     renderer: the server's headers, and the rendered head.
     """
 
-    result: FoundSnapshot
+    result: LookupSuccess
     status: int
     values: tuple[bytes, ...]
     body: bytes
@@ -114,7 +114,7 @@ class CachedResponses:
     ) -> None:
         self._service = service
         self._lookup = service.lookup
-        self._try_reuse = service.try_reuse
+        self._count_if_reusable = service.count_if_reusable
         self._tags = tags
         self._parse_target = SimpleTargetParser(operations, root_path=root_path).parse
         self._hosts = hosts
@@ -220,7 +220,7 @@ class CachedResponses:
         return hit
 
     def _make(
-        self, result: FoundSnapshot, status: int, values: tuple[bytes, ...], body: bytes
+        self, result: LookupSuccess, status: int, values: tuple[bytes, ...], body: bytes
     ) -> CachedResponse:
         cache_status, failure = result.cache_status, result.failure
         if failure is None:
@@ -244,7 +244,7 @@ class CachedResponses:
 
     def _is_current(self, hit: CachedResponse, now: float) -> bool:
         entry = hit.result.entry
-        return entry is not None and self._try_reuse(entry, now)
+        return entry is not None and self._count_if_reusable(entry, now)
 
     def _sample(self, status: int, labels: OutcomeLabels) -> LogSeries:
         return self._log_sampler.kind(sampling_key(_ROUTE, status, None, labels))

@@ -28,7 +28,7 @@ from gateway.api.requests import free_headers, header, query_parameters
 from gateway.api.server_extensions import (
     DisconnectListener,
     chunk,
-    direct_transport_of,
+    client_transport_of,
     is_chunked,
     take_turn,
 )
@@ -112,7 +112,7 @@ class EventsEndpoint:
                     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
                     free_headers(scope)
                     await send(_part(b"retry: %d\n\n" % _RETRY_MS))
-                    subscriber.direct_transport = direct_transport_of(scope)
+                    subscriber.client_transport = client_transport_of(scope)
                     subscriber.chunked = is_chunked(scope)
                     with self._heartbeats.sending_to(subscriber):
                         await self._stream(scope, subscriber, end_id, send)
@@ -178,14 +178,14 @@ class EventsEndpoint:
         event_chunk, with_heartbeat_chunk = chunk(event), chunk(with_heartbeat)
         remaining = []
         for subscriber in subscribers:
-            direct_transport = subscriber.transport_if_idle
-            if direct_transport is None or direct_transport.get_write_buffer_size():
+            client_transport = subscriber.transport_if_idle
+            if client_transport is None or client_transport.get_write_buffer_size():
                 remaining.append(subscriber)
             elif subscriber.heartbeat_due:
                 subscriber.heartbeat_due = False
-                direct_transport.write(with_heartbeat_chunk if subscriber.chunked else with_heartbeat)
+                client_transport.write(with_heartbeat_chunk if subscriber.chunked else with_heartbeat)
             else:
-                direct_transport.write(event_chunk if subscriber.chunked else event)
+                client_transport.write(event_chunk if subscriber.chunked else event)
         self._sent["progress"].value += len(subscribers) - len(remaining)
         return remaining
 

@@ -62,9 +62,9 @@ class Heartbeats:
 
 
 def _send_heartbeat(subscriber: Subscriber) -> None:
-    direct_transport = subscriber.transport_if_idle
-    if direct_transport is None or direct_transport.get_write_buffer_size():
+    client_transport = subscriber.transport_if_idle
+    if client_transport is None or client_transport.get_write_buffer_size():
         subscriber.wake()  # its stream sends it when the reader has caught up
     else:
         subscriber.heartbeat_due = False
-        direct_transport.write(_CHUNK if subscriber.chunked else HEARTBEAT)
+        client_transport.write(_CHUNK if subscriber.chunked else HEARTBEAT)

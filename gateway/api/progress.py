@@ -20,7 +20,7 @@ from gateway.domain.entity_tag import EntityTags, matches, possible_tags
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupSuccess
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import WatchHub
 from gateway.watch.subscriber import Subscriber, SubscriptionKind, Update
@@ -70,14 +70,14 @@ class ProgressEndpoint:
 
     async def _read_after_miss(
         self, scope: Scope, receive: Receive, key: TaskKey, seen_revision: int
-    ) -> FoundSnapshot | LookupFailure:
+    ) -> LookupSuccess | LookupFailure:
         """Return the result for the task. Raises: ClientDisconnect when the client disconnects first."""
         result = self._service.get_after_miss(key, client=client_key(scope), seen_revision=seen_revision)
         return await while_connected(scope, receive, result)
 
     async def _wait_for_change(
         self, scope: Scope, receive: Receive, key: TaskKey, if_none_match: str | None, wait: float
-    ) -> FoundSnapshot | LookupFailure:
+    ) -> LookupSuccess | LookupFailure:
         """Wait until the task differs from the client's representation or has ended, up to `wait` seconds.
 
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
@@ -106,7 +106,7 @@ class ProgressEndpoint:
                 with subscriber.expiring(wait):
                     await change.wait(subscriber)
             await self._service.read_arrived_messages()
-        outcome: FoundSnapshot | LookupFailure
+        outcome: LookupSuccess | LookupFailure
         if (result := self._service.peek(key, seen_revision)) is not None:  # it may be newer than a failure
             outcome = result if known_on_arrival else result._replace(cache_status=CacheStatus.MISS)
         elif change.failure is not None:

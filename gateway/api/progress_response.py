@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from gateway.api.requests import Headers
 from gateway.domain.entity_tag import EntityTags, matches
 from gateway.domain.task import TaskKey
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot
+from gateway.progress.outcomes import CacheStatus, LookupSuccess
 from gateway.progress.service import ProgressService
 
 _CACHED = frozenset({CacheStatus.HIT, CacheStatus.STALE})
@@ -24,12 +24,12 @@ HEADER_NAMES: Mapping[int, tuple[bytes, ...]] = {
 }
 
 
-def cache_headers(result: FoundSnapshot) -> Headers:
+def cache_headers(result: LookupSuccess) -> Headers:
     """Return Cache-Control, Age and Cache-Status of a response with this result."""
     return list(zip(CACHE_NAMES, cache_values(result), strict=True))
 
 
-def cache_values(result: FoundSnapshot) -> tuple[bytes, bytes, bytes]:
+def cache_values(result: LookupSuccess) -> tuple[bytes, bytes, bytes]:
     """Return the values of `CACHE_NAMES` for a response with this result.
 
     `max-age` is the whole lifetime in seconds, rounded down, and `Age` is the snapshot's age: a downstream
@@ -43,7 +43,7 @@ def cache_values(result: FoundSnapshot) -> tuple[bytes, bytes, bytes]:
     return b"max-age=%d" % max(least, lifetime), b"%d" % result.age, _cache_status(result, ttl)
 
 
-def unchanged_until(result: FoundSnapshot) -> float:
+def unchanged_until(result: LookupSuccess) -> float:
     """Return when `cache_values` of this result will change, on the clock of its snapshot."""
     snapshot = result.snapshot
     return snapshot.fetched_at + min(int(result.age) + 1, snapshot.lifetime - _ttl(result))
@@ -54,12 +54,12 @@ def age_seconds(age: float) -> float:
     return round(max(age, 0.0), 1)
 
 
-def _ttl(result: FoundSnapshot) -> int:
+def _ttl(result: LookupSuccess) -> int:
     left = result.snapshot.lifetime - result.age
     return int(left) if left >= 0 else int(left) - 1  # whole seconds; once stale, never 0
 
 
-def _cache_status(result: FoundSnapshot, ttl: int) -> bytes:
+def _cache_status(result: LookupSuccess, ttl: int) -> bytes:
     if result.failure is not None:
         return b"sd-gateway; fwd=stale; ttl=%d; detail=%s" % (ttl, result.failure.code.encode())
     cache_status = result.cache_status
@@ -70,7 +70,7 @@ def _cache_status(result: FoundSnapshot, ttl: int) -> bytes:
     return b"sd-gateway; fwd=%s%s; ttl=%d" % (forward, collapsed, ttl)
 
 
-def build_response(result: FoundSnapshot, if_none_match: str | None) -> tuple[int, tuple[bytes, ...], bytes]:
+def build_response(result: LookupSuccess, if_none_match: str | None) -> tuple[int, tuple[bytes, ...], bytes]:
     """Build the response: 200 with the task's progress, or 304 if If-None-Match has its entity tag.
 
     Returns: the status, the values of its `HEADER_NAMES`, and the body.

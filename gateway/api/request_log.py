@@ -16,7 +16,7 @@ from starlette.types import Scope
 
 from gateway.api import operator_endpoints
 from gateway.api.trace_context import TraceParent, trace_parent
-from gateway.progress.outcomes import FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import LookupFailure, LookupSuccess
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.redaction import Excerpt
 
@@ -30,7 +30,7 @@ _LOGGED_ID_CHARS = 64  # of a task ID in the path, which may be invalid
 log = structlog.get_logger(__name__)
 
 
-def record_outcome(scope: Scope, outcome: FoundSnapshot | LookupFailure) -> FoundSnapshot:
+def record_outcome(scope: Scope, outcome: LookupSuccess | LookupFailure) -> LookupSuccess:
     """Record the result of a request for its log line, and return it. Raises: the failure, if it is one."""
     scope["state"]["outcomes"] = (outcome,)
     if isinstance(outcome, LookupFailure):
@@ -50,7 +50,7 @@ class RequestLog:
         if not self._logger.isEnabledFor(_level(route, status)):
             return
         state = scope["state"]
-        outcomes: Sequence[FoundSnapshot | LookupFailure] = state.get("outcomes", ())
+        outcomes: Sequence[LookupSuccess | LookupFailure] = state.get("outcomes", ())
         labels = outcome_labels(outcomes[0]) if len(outcomes) == 1 else None
         suppressed = self._log_sampler.take(sampling_key(route, status, state.get("code"), labels))
         if suppressed is not None:
@@ -63,7 +63,7 @@ class RequestLog:
     ) -> None:
         """Write the line of a request; `suppressed` is the number of similar lines that were not written."""
         state = scope["state"]
-        outcomes: Sequence[FoundSnapshot | LookupFailure] = state.get("outcomes", ())
+        outcomes: Sequence[LookupSuccess | LookupFailure] = state.get("outcomes", ())
         line: dict[str, Any] = {
             "request_id": state["request_id"],
             "method": method,
@@ -86,7 +86,7 @@ def sampling_key(route: str, status: int, code: str | None, labels: OutcomeLabel
     return route, status // 100, code, labels
 
 
-def outcome_labels(outcome: FoundSnapshot | LookupFailure) -> OutcomeLabels:
+def outcome_labels(outcome: LookupSuccess | LookupFailure) -> OutcomeLabels:
     """Return the cache status, and the code of the failure, whether returned or replaced by a snapshot."""
     return outcome.cache_status, outcome.failure.code if outcome.failure is not None else None
 
@@ -105,7 +105,7 @@ def _level(route: str, status: int) -> int:
     return logging.DEBUG if route in operator_endpoints.PROBES else logging.INFO
 
 
-def _tasks(scope: Scope, outcomes: Sequence[FoundSnapshot | LookupFailure]) -> dict[str, Any]:
+def _tasks(scope: Scope, outcomes: Sequence[LookupSuccess | LookupFailure]) -> dict[str, Any]:
     if len(outcomes) == 1:
         return {"task_id": outcomes[0].key.task_id}
     if outcomes:
@@ -116,14 +116,14 @@ def _tasks(scope: Scope, outcomes: Sequence[FoundSnapshot | LookupFailure]) -> d
     return {} if task_id is None else {"task_id": Excerpt(task_id, _LOGGED_ID_CHARS)}
 
 
-def _cache(outcomes: Sequence[FoundSnapshot | LookupFailure]) -> dict[str, Any]:
+def _cache(outcomes: Sequence[LookupSuccess | LookupFailure]) -> dict[str, Any]:
     if len(outcomes) != 1:
         return {"cache": dict(Counter(str(outcome.cache_status) for outcome in outcomes)) or None}
     source, detail = outcome_labels(outcomes[0])
     return {"cache": str(source), "detail": detail}
 
 
-def _upstream(outcomes: Sequence[FoundSnapshot | LookupFailure]) -> dict[str, Any]:
+def _upstream(outcomes: Sequence[LookupSuccess | LookupFailure]) -> dict[str, Any]:
     """Return the log fields of the upstream calls that this request waited for."""
     fetches = [outcome.fetch_outcome for outcome in outcomes if outcome.fetch_outcome is not None]
     seconds = [fetch.upstream_seconds for fetch in fetches if fetch.upstream_seconds is not None]

@@ -26,7 +26,7 @@ from gateway.domain.errors import NotFinished
 from gateway.domain.result import Result, read_result
 from gateway.domain.snapshot import Snapshot, render_json, version_now
 from gateway.domain.task import Status, TaskKey
-from gateway.progress.outcomes import FoundSnapshot
+from gateway.progress.outcomes import LookupSuccess
 from gateway.progress.service import ProgressService
 
 _MAX_BYTES = 4_194_304  # of rendered responses
@@ -73,7 +73,7 @@ class ResultsEndpoint:
 
     async def _result(
         self, scope: Scope, receive: Receive, key: TaskKey, progress_key: TaskKey | None
-    ) -> tuple[FoundSnapshot, _Rendered]:
+    ) -> tuple[LookupSuccess, _Rendered]:
         """Return the result of a task that has succeeded. Raises: NotFinished, or the failure of a query."""
         seen_revision = 0
         result = self._service.lookup(key)
@@ -95,7 +95,7 @@ class ResultsEndpoint:
             _check_finished(rendered.status, retry_after=_MAX_LAG_SECONDS)
         return result, rendered
 
-    async def _get(self, scope: Scope, receive: Receive, key: TaskKey, seen_revision: int) -> FoundSnapshot:
+    async def _get(self, scope: Scope, receive: Receive, key: TaskKey, seen_revision: int) -> LookupSuccess:
         query = self._service.get(key, client=client_key(scope), seen_revision=seen_revision)
         return record_outcome(scope, await while_connected(scope, receive, query))
 

@@ -41,7 +41,7 @@ class ServerConnection(Protocol):
     def heavy_work(self) -> Turns:
         """The turns of all requests of the server that have work for many tasks."""
 
-    def direct_transport(self) -> asyncio.WriteTransport | None:
+    def client_transport(self) -> asyncio.WriteTransport | None:
         """Return the transport if the response has a body of unknown length, and its head has been sent.
 
         Parts may be written to it between two calls of `send`: as chunks if `is_chunked` says so.
@@ -59,13 +59,13 @@ def _connection_of(scope: Scope) -> ServerConnection | None:
     return connection
 
 
-def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
+def client_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
     """Return the transport to which parts of this response may be written directly, if there is one.
 
     Call it after a part of the body was sent: until then the server may not have written the head.
     """
     connection = _connection_of(scope)
-    return None if connection is None else connection.direct_transport()
+    return None if connection is None else connection.client_transport()
 
 
 def require_connected(scope: Scope) -> None:

@@ -22,7 +22,7 @@ from gateway.api.task_parameters import checked_task_id
 from gateway.domain.envelope import read_task_id
 from gateway.domain.errors import InvalidParameter, PathNotFound, UnsupportedMediaType, UpstreamRejected
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.outcomes import FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import LookupFailure, LookupSuccess
 from gateway.progress.service import ProgressService
 from gateway.upstream.loop_detection import MESSAGE, RESPONSE_HEADER, is_gateway
 
@@ -60,7 +60,7 @@ class VendorEndpoint:
         await send({"type": "http.response.body", "body": envelope})
 
     async def _envelope(self, scope: Scope, receive: Receive, key: TaskKey) -> tuple[bytes, Headers]:
-        outcome: FoundSnapshot | LookupFailure | None = self._service.lookup(key)
+        outcome: LookupSuccess | LookupFailure | None = self._service.lookup(key)
         if outcome is None:
             read = self._service.get_after_miss(key, client=client_key(scope))
             outcome = await while_connected(scope, receive, read)

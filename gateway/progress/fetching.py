@@ -37,8 +37,8 @@ from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Excerpt
 from gateway.telemetry.tracing import Tracing
+from gateway.upstream.awaited_query import AwaitedQuery
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.task_query_state import TaskQueryState
 
 # Maximum number of leases that an in-flight request acquires, one after the other. A further one is needed if
 # another replica has taken the lease or has announced a newer snapshot.
@@ -86,9 +86,7 @@ class Fetcher:
         self._clock = clock
         self._log_sampler = LogSampler(clock=clock)  # an unknown status, or a bug, may occur with every task
 
-    async def fetch(
-        self, key: TaskKey, state: TaskQueryState, requirement: Requirement | None
-    ) -> FetchOutcome:
+    async def fetch(self, key: TaskKey, state: AwaitedQuery, requirement: Requirement | None) -> FetchOutcome:
         """Make an in-flight request, and return a snapshot or a failure.
 
         `requirement`: the fresh snapshots in the store that make the query unnecessary.
@@ -111,7 +109,7 @@ class Fetcher:
             raise
 
     async def _fetch_with_lease(
-        self, key: TaskKey, state: TaskQueryState, requirement: Requirement
+        self, key: TaskKey, state: AwaitedQuery, requirement: Requirement
     ) -> FetchOutcome:
         deadline = self._clock() + self._timeout_seconds  # as all moments here, on `self._clock`
         for _ in range(_MAX_LEASES):
@@ -127,7 +125,7 @@ class Fetcher:
         return FetchOutcome(latest or UpstreamTimeout("other replicas took the lease each time"))
 
     async def _query_upstream(
-        self, lease: Lease, state: TaskQueryState, deadline: float
+        self, lease: Lease, state: AwaitedQuery, deadline: float
     ) -> FetchOutcome | None:
         """Query the upstream, and store and return the outcome; None if the lease must be acquired again."""
         key = lease.key
@@ -156,7 +154,7 @@ class Fetcher:
                 timeout_seconds=deadline - started,
                 on_expected_wait=partial(_report_queued, state),
                 on_retry=partial(self._store.release_lease_early, lease),
-                query_state=state,
+                awaited_query=state,
             )
             state.runs_to_end = True
             upstream_seconds = self._clock() - started
@@ -204,15 +202,15 @@ class Fetcher:
             )
 
 
-def queued_error_of(state: TaskQueryState) -> asyncio.Future[GatewayError]:
+def queued_error_future(state: AwaitedQuery) -> asyncio.Future[GatewayError]:
     """Return the future that resolves to an error when the query counts as queued."""
     if state.queued_error is None:
         state.queued_error = asyncio.get_running_loop().create_future()
     return state.queued_error
 
 
-def _report_queued(state: TaskQueryState, seconds: float) -> None:
-    signal = queued_error_of(state)
+def _report_queued(state: AwaitedQuery, seconds: float) -> None:
+    signal = queued_error_future(state)
     if not signal.done():
         failure = RateLimited(
             "the query is queued by the rate limiter for upstream calls", retry_after=seconds

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from gateway.progress.single_flight import SingleFlight
-from gateway.upstream.task_query_state import TaskQueryState
+from gateway.upstream.awaited_query import AwaitedQuery
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -24,13 +24,13 @@ T = TypeVar("T")
 class InFlightRequests(Generic[K, T]):
     """Runs one in-flight request at a time per key, for as long as its response is wanted.
 
-    `fetch` makes an in-flight request. Its arguments are the key, its query state, and the requirement.
+    `fetch` makes an in-flight request. Its arguments are the key, its awaited query, and the requirement.
     """
 
-    def __init__(self, fetch: Callable[[K, TaskQueryState, Any], Coroutine[Any, Any, T]]) -> None:
+    def __init__(self, fetch: Callable[[K, AwaitedQuery, Any], Coroutine[Any, Any, T]]) -> None:
         self._fetch = fetch
         self._in_flight: SingleFlight[K, T] = SingleFlight()
-        self._states: dict[K, TaskQueryState] = {}  # of keys with callers or an in-flight request
+        self._states: dict[K, AwaitedQuery] = {}  # of keys with callers or an in-flight request
 
     def __contains__(self, key: K) -> bool:
         """Tell whether an in-flight request for this key runs."""
@@ -41,15 +41,15 @@ class InFlightRequests(Generic[K, T]):
         """Tell whether `aclose` was called: no in-flight request can start any more."""
         return self._in_flight.closed
 
-    def get_or_create_state(self, key: K) -> TaskQueryState:
-        """Return the query state of a key; create it if there is none."""
+    def get_or_create_state(self, key: K) -> AwaitedQuery:
+        """Return the awaited query of a key; create it if there is none."""
         state = self._states.get(key)
         if state is None:
-            state = self._states[key] = TaskQueryState()
+            state = self._states[key] = AwaitedQuery()
         return state
 
-    def query_state_of(self, key: K) -> TaskQueryState | None:
-        """Return the query state of the in-flight request for this key; None if there is none."""
+    def query_state_of(self, key: K) -> AwaitedQuery | None:
+        """Return the awaited query of the in-flight request for this key; None if there is none."""
         state = self._states.get(key)
         return state if state is not None and state.in_flight else None
 
@@ -90,19 +90,19 @@ class InFlightRequests(Generic[K, T]):
         """Cancel every in-flight request, and start no more."""
         await self._in_flight.aclose()
 
-    async def _run(self, key: K, state: TaskQueryState, requirement: Any) -> T:
+    async def _run(self, key: K, state: AwaitedQuery, requirement: Any) -> T:
         try:
             return await self._fetch(key, state, requirement)
         finally:
             self._end(key, state)
 
-    def _drop(self, key: K, state: TaskQueryState) -> None:
+    def _drop(self, key: K, state: AwaitedQuery) -> None:
         state.dropped = True
         self._end(key, state)
         self._in_flight.drop(key)
 
-    def _end(self, key: K, state: TaskQueryState) -> None:
+    def _end(self, key: K, state: AwaitedQuery) -> None:
         state.in_flight = False
-        # After a drop the key may have a new query state, which belongs to another in-flight request.
+        # After a drop the key may have a new awaited query, which belongs to another in-flight request.
         if not state.clients and self._states.get(key) is state:
             del self._states[key]

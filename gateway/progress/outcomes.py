@@ -37,7 +37,7 @@ class FetchOutcome(NamedTuple):
     span: Any = None
 
 
-class FoundSnapshot(NamedTuple):
+class LookupSuccess(NamedTuple):
     """A snapshot as found by one caller's lookup.
 
     `age` is in seconds. `had_older_snapshot`: before the fetch, the cache had a snapshot of the task. It was
@@ -63,7 +63,7 @@ class FoundSnapshot(NamedTuple):
 class LookupFailure(NamedTuple):
     """A failure as the result of one caller's lookup, even without an in-flight request.
 
-    The fields are those of `FoundSnapshot`.
+    The fields are those of `LookupSuccess`.
     """
 
     key: TaskKey

@@ -17,7 +17,7 @@ from gateway.domain.errors import CircuitOpen, GatewayError
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.base import Store
-from gateway.upstream.task_query_state import TaskQueryState
+from gateway.upstream.awaited_query import AwaitedQuery
 
 # Subscribers learn of an outage within one lifetime + 2 s. The rest of the 2 s is for the delay of the
 # refresh (`schedules.py`) and for a busy event loop.
@@ -29,13 +29,13 @@ class OverdueDetector:
     """Detects overdue updates, and knows the reason: why a stale snapshot is not replaced.
 
     `query_state_of` returns the state of the query in flight for a task, or None. `clock` is the clock of
-    `Snapshot.fetched_at` and of `TaskQueryState.in_flight_since`.
+    `Snapshot.fetched_at` and of `AwaitedQuery.in_flight_since`.
     """
 
     def __init__(
         self,
         store: Store,
-        query_state_of: Callable[[TaskKey], TaskQueryState | None],
+        query_state_of: Callable[[TaskKey], AwaitedQuery | None],
         *,
         clock: Callable[[], float],
     ) -> None:
@@ -82,7 +82,7 @@ class OverdueDetector:
         left = self.overdue_after_seconds - elapsed
         return left if left > 0 else self.overdue_after_seconds
 
-    def error_of_slow_query(self, state: TaskQueryState) -> GatewayError:
+    def error_of_slow_query(self, state: AwaitedQuery) -> GatewayError:
         """Return the error for a query in flight that takes too long."""
         return state.failure or state.make_deadline_error()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupSuccess
 from gateway.settings.model import Cache
 from gateway.stores.base import Store
 
@@ -24,7 +24,7 @@ class ServeStaleRules:
 
     def serve_stale(
         self, snapshot: Snapshot, age: float, failure: GatewayError | None = None
-    ) -> FoundSnapshot | None:
+    ) -> LookupSuccess | None:
         """Return what a caller receives of a stale snapshot, or None if the snapshot is too old.
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. If a failure of the task is
@@ -36,7 +36,7 @@ class ServeStaleRules:
             too_old = age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds
         else:
             too_old = age > self._settings.stale_if_error_seconds
-        return None if too_old else FoundSnapshot(snapshot, age, CacheStatus.STALE, failure=failure)
+        return None if too_old else LookupSuccess(snapshot, age, CacheStatus.STALE, failure=failure)
 
     def may_replace_failure(self, snapshot: Snapshot | None, seen_revision: int) -> bool:
         """Tell whether this snapshot may be served instead of a failure (stale-if-error)."""
@@ -46,13 +46,13 @@ class ServeStaleRules:
             and self._clock() - snapshot.fetched_at <= self._settings.stale_if_error_seconds
         )
 
-    def replace_failure(self, failure: LookupFailure, seen_revision: int) -> FoundSnapshot | LookupFailure:
+    def replace_failure(self, failure: LookupFailure, seen_revision: int) -> LookupSuccess | LookupFailure:
         """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
         snapshot = self._store.last_known(failure.key)
         if snapshot is None or not self.may_replace_failure(snapshot, seen_revision):
             return failure
         age = self._clock() - snapshot.fetched_at
-        return FoundSnapshot(
+        return LookupSuccess(
             snapshot,
             age,
             CacheStatus.STALE,

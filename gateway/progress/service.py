@@ -25,10 +25,10 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.fetching import Fetcher, queued_error_of
+from gateway.progress.fetching import Fetcher, queued_error_future
 from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
-from gateway.progress.outcomes import CacheStatus, FetchOutcome, FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupSuccess
 from gateway.progress.overdue_detector import OverdueDetector
 from gateway.progress.refresh_ahead import RefreshAhead
 from gateway.progress.serve_stale_rules import ServeStaleRules
@@ -36,8 +36,8 @@ from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import NoTracing, Tracing
+from gateway.upstream.awaited_query import AwaitedQuery
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.task_query_state import TaskQueryState
 
 # If the snapshot that an in-flight request returns is older than the one that the client has seen, the caller
 # waits for the next in-flight request. This is the maximum number of in-flight requests that it waits for.
@@ -88,7 +88,7 @@ class ProgressService:
         self._serve_stale_rules = ServeStaleRules(settings, store, clock=clock)
         self._metrics = LookupMetrics(metrics, settings)
 
-    def lookup(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
+    def lookup(self, key: TaskKey, seen_revision: int = 0) -> LookupSuccess | None:
         """Return the snapshot in the store, and count a lookup. Return None if none may be served.
 
         If the snapshot is stale, a background refresh is started, unless a failure of the task is cached. If
@@ -104,7 +104,7 @@ class ProgressService:
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
             self._on_hit(entry, age)
-            return FoundSnapshot(snapshot, age, _HIT, entry=entry)
+            return LookupSuccess(snapshot, age, _HIT, entry=entry)
         result = self._serve_stale_rules.serve_stale(snapshot, age)
         if result is None:
             return None
@@ -114,7 +114,7 @@ class ProgressService:
         self._metrics.record_age(snapshot, age)
         return result._replace(entry=entry)
 
-    def try_reuse(self, entry: CacheEntry, now: float) -> bool:
+    def count_if_reusable(self, entry: CacheEntry, now: float) -> bool:
         """Tell whether an entry from an earlier `lookup` may be served again at `now`; if so, count a lookup.
 
         The method does not check whether the refresh of a stale snapshot has failed. So the calling code
@@ -135,7 +135,7 @@ class ProgressService:
 
     async def get(
         self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
-    ) -> FoundSnapshot | LookupFailure:
+    ) -> LookupSuccess | LookupFailure:
         """Return a snapshot from the store or the upstream.
 
         If the query fails, and no stale snapshot may replace the failure, return the failure.
@@ -150,7 +150,7 @@ class ProgressService:
 
     async def get_after_miss(
         self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
-    ) -> FoundSnapshot | LookupFailure:
+    ) -> LookupSuccess | LookupFailure:
         """Do the same as `get`, for a caller to which `lookup` has just returned None."""
         if await self._store.read_arrived_messages() and (result := self.lookup(key, seen_revision)):
             return result
@@ -163,13 +163,13 @@ class ProgressService:
         self._metrics.count(key.operation, CacheStatus.NEGATIVE)
         return LookupFailure(key, self._store.cached_failure(key) or failure, CacheStatus.NEGATIVE)
 
-    def count_lookup(self, outcome: FoundSnapshot | LookupFailure) -> None:
+    def count_lookup(self, outcome: LookupSuccess | LookupFailure) -> None:
         """Count one lookup with this outcome, for batches and long polls: their `peek` counts none."""
         self._metrics.count(outcome.key.operation, outcome.cache_status)
-        if isinstance(outcome, FoundSnapshot):
+        if isinstance(outcome, LookupSuccess):
             self._metrics.record_age(outcome.snapshot, outcome.age)
 
-    async def query_if_stale(self, key: TaskKey, *, seen_revision: int = 0) -> FoundSnapshot | LookupFailure:
+    async def query_if_stale(self, key: TaskKey, *, seen_revision: int = 0) -> LookupSuccess | LookupFailure:
         """Return the snapshot if it is fresh, else wait for an in-flight request. For schedules.
 
         While a failure of the task is cached, no in-flight request is started. The outcome may be a failure,
@@ -183,9 +183,9 @@ class ProgressService:
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.may_follow(seen_revision):
             return await self._wait(key, None, until_done=True, seen_revision=seen_revision)
-        return FoundSnapshot(snapshot, age, CacheStatus.HIT)
+        return LookupSuccess(snapshot, age, CacheStatus.HIT)
 
-    def peek(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
+    def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupSuccess | None:
         """Return the snapshot in the store, but count no lookup and start no refresh.
 
         `serve_stale` decides how old a stale snapshot may be. A stale snapshot is returned with the failure
@@ -199,7 +199,7 @@ class ProgressService:
             return None
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
-            return FoundSnapshot(snapshot, age, CacheStatus.HIT)
+            return LookupSuccess(snapshot, age, CacheStatus.HIT)
         return self._serve_stale_rules.serve_stale(snapshot, age, self.overdue_detector.error(key))
 
     def age(self, snapshot: Snapshot) -> float:
@@ -234,7 +234,7 @@ class ProgressService:
             self._metrics.observe_age[operation](age)
 
     async def _fetch(
-        self, key: TaskKey, state: TaskQueryState, requirement: Requirement | None
+        self, key: TaskKey, state: AwaitedQuery, requirement: Requirement | None
     ) -> FetchOutcome:
         state.in_flight_since = self._clock()
         fetch_outcome = await self._fetcher.fetch(key, state, requirement)
@@ -260,7 +260,7 @@ class ProgressService:
 
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, until_done: bool = False, seen_revision: int = 0
-    ) -> FoundSnapshot | LookupFailure:
+    ) -> LookupSuccess | LookupFailure:
         """Wait for the in-flight request, or start one unless a failure is cached.
 
         `client`: None if `add_caller` has counted the callers already.
@@ -299,11 +299,11 @@ class ProgressService:
             )
         age, had_older_snapshot = self._clock() - fetched.fetched_at, known is not None
         self._metrics.record_age(fetched, age)
-        return FoundSnapshot(
+        return LookupSuccess(
             fetched, age, cache_status, had_older_snapshot=had_older_snapshot, fetch_outcome=fetch_outcome
         )
 
-    async def _load_announced_snapshot(self, key: TaskKey, seen_revision: int) -> FoundSnapshot | None:
+    async def _load_announced_snapshot(self, key: TaskKey, seen_revision: int) -> LookupSuccess | None:
         """Return the snapshot that another replica has announced, if any.
 
         Another replica may have a newer snapshot while the query of this replica waits or has failed.
@@ -329,7 +329,7 @@ class ProgressService:
             return await asyncio.shield(in_flight)
         if in_flight.done():  # it ended in this iteration of the event loop
             return in_flight.result()
-        queued_error = queued_error_of(state)
+        queued_error = queued_error_future(state)
         elapsed = max(
             self._clock() - state.in_flight_since, 0.0
         )  # `in_flight_since` is infinite before it begins
@@ -341,8 +341,8 @@ class ProgressService:
         slow_error = self.overdue_detector.error_of_slow_query(state)
         return FetchOutcome(queued_error.result() if queued_error.done() else slow_error)
 
-    def _stale_if_error(self, failure: LookupFailure, seen_revision: int) -> FoundSnapshot | LookupFailure:
+    def _stale_if_error(self, failure: LookupFailure, seen_revision: int) -> LookupSuccess | LookupFailure:
         outcome = self._serve_stale_rules.replace_failure(failure, seen_revision)
-        if isinstance(outcome, FoundSnapshot):
+        if isinstance(outcome, LookupSuccess):
             self._metrics.record_age(outcome.snapshot, outcome.age)
         return outcome

@@ -287,8 +287,8 @@ class Connection(TurnTaking):
             exchange.body_received(part, complete=body.complete)
         return body.complete
 
-    def direct_transport(self) -> asyncio.WriteTransport | None:
-        """See `ServerConnection.direct_transport`."""
+    def client_transport(self) -> asyncio.WriteTransport | None:
+        """See `ServerConnection.client_transport`."""
         return self.transport if self._exchange is not None and self._exchange.streams_body else None
 
     def _update_reading(self) -> None:

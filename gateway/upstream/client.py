@@ -8,7 +8,7 @@ A query may need several calls: see `retry_policy.py` for all reasons to repeat 
 asyncio task of an in-flight request, not in the asyncio task of a caller. This module enforces the
 concurrency limit, `upstream.max_in_flight`. A call keeps its slot until its response has arrived or
 `upstream.attempt_timeout_seconds` have passed, even after the deadline of the query. A call is not made if
-neither a caller nor the gateway needs the response any more (`task_query_state.py`), or if less time is left
+neither a caller nor the gateway needs the response any more (`awaited_query.py`), or if less time is left
 than the upstream usually takes. A deadline is a moment on the clock of the event loop.
 """
 
@@ -36,6 +36,7 @@ from gateway.domain.errors import (
 from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
+from gateway.upstream.awaited_query import AwaitedQuery, make_upstream_timeout
 from gateway.upstream.circuit_breaker import CircuitBreaker, State
 from gateway.upstream.concurrency_limit import ConcurrencyLimit
 from gateway.upstream.credential_rotation import CredentialRotation
@@ -45,7 +46,6 @@ from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.retry_policy import RetryPolicy
 from gateway.upstream.shared_permits import TakePermits
 from gateway.upstream.signed_calls import ParsedResponse, SignedCalls
-from gateway.upstream.task_query_state import TaskQueryState, make_upstream_timeout
 
 _LATENCY_WEIGHT = 0.3  # weight of the latest response in the moving average of the latency
 
@@ -67,7 +67,7 @@ class _Query:
     on_expected_wait: Callable[[float], None]
     began: float
     deadline: float
-    state: TaskQueryState
+    state: AwaitedQuery
     call_numbers: Iterator[int] = field(default_factory=count)
 
 
@@ -144,7 +144,7 @@ class UpstreamClient:
         timeout_seconds: float = math.inf,
         on_expected_wait: Callable[[float], None] = lambda _: None,
         on_retry: Callable[[], None] = lambda: None,
-        query_state: TaskQueryState | None = None,
+        awaited_query: AwaitedQuery | None = None,
     ) -> ParsedResponse:
         """Query a task, with retries, within `upstream.timeout_seconds` and `timeout_seconds`.
 
@@ -154,7 +154,7 @@ class UpstreamClient:
             timeout_seconds: Limit for the whole query, in addition to the setting.
             on_expected_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry, but not before a repeat on a new connection.
-            query_state: The waiting callers; None if the gateway itself needs the response. Its
+            awaited_query: The waiting callers; None if the gateway itself needs the response. Its
                 attribute `runs_to_end` is True while a call is on the wire, and after the query's last call.
 
         Raises:
@@ -164,7 +164,7 @@ class UpstreamClient:
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
         now = self._now()
         deadline = now + seconds
-        state = query_state or TaskQueryState(keep_without_callers=True)
+        state = awaited_query or AwaitedQuery(keep_without_callers=True)
         query = _Query(key, is_refresh, on_expected_wait, now, deadline, state)
         self._retry_policy.on_query()
         retries = 0
@@ -225,7 +225,7 @@ class UpstreamClient:
                 is_refresh=query.is_refresh,
                 timeout_seconds=self._max_queue_seconds(query),
                 on_expected_wait=query.on_expected_wait,
-                query_state=query.state,
+                awaited_query=query.state,
             ) as permit:
                 query.state.make_deadline_error = make_upstream_timeout
                 try:
@@ -241,7 +241,7 @@ class UpstreamClient:
         query.state.repeated = True
         # The hedged call has a state of its own, because `_call` sets `runs_to_end` to False before it sends
         # a call. With a common state, the query could be dropped while its first call is on the wire.
-        state = TaskQueryState(keep_without_callers=True)
+        state = AwaitedQuery(keep_without_callers=True)
         hedged = _Query(query.key, True, lambda _: None, self._now(), query.deadline, state)  # noqa: FBT003
         hedged.call_numbers = query.call_numbers
         try:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from gateway.upstream.awaited_query import AwaitedQuery
 from gateway.upstream.query_queue import QueryQueue
-from gateway.upstream.task_query_state import TaskQueryState
 
 
 class ConcurrencyLimit:
@@ -21,7 +21,7 @@ class ConcurrencyLimit:
         self._free = slots  # 0 while a query is queued
         self._queue = QueryQueue()
 
-    async def acquire(self, state: TaskQueryState, *, is_refresh: bool) -> ConcurrencySlot:
+    async def acquire(self, state: AwaitedQuery, *, is_refresh: bool) -> ConcurrencySlot:
         """Wait for a slot. `state` has the clients that wait; `is_refresh`: an older snapshot is known."""
         if self._free:
             self._free -= 1
@@ -29,7 +29,7 @@ class ConcurrencyLimit:
             await self._wait_in_queue(state, is_refresh=is_refresh)
         return ConcurrencySlot(self._release)
 
-    async def _wait_in_queue(self, state: TaskQueryState, *, is_refresh: bool) -> None:
+    async def _wait_in_queue(self, state: AwaitedQuery, *, is_refresh: bool) -> None:
         query = self._queue.add(
             is_refresh=is_refresh, client=self._queue.client_with_shortest_queue(state.clients)
         )

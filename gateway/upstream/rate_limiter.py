@@ -23,9 +23,9 @@ import structlog
 
 from gateway.domain.errors import RateLimited, UpstreamRejected, UpstreamThrottled
 from gateway.upstream.adaptive_rate_limit import AdaptiveRateLimit
+from gateway.upstream.awaited_query import AwaitedQuery
 from gateway.upstream.query_queue import QueryQueue, QueuedQuery
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
-from gateway.upstream.task_query_state import TaskQueryState
 
 # Shortest expected wait that `acquire` reports when a query is put into the queue. While it is in the queue,
 # shorter waits are reported, too. After a report, the progress service serves a stale snapshot.
@@ -106,7 +106,7 @@ class RateLimiter:
     ) -> None:
         self._limit = AdaptiveRateLimit(requests_per_second or math.inf)
         self._clock = clock
-        self._next_report_at = 0.0  # no report of waits after a reply that arrives earlier
+        self._next_report_at = 0.0  # replies about shared permits before this time report no expected waits
         self._call_later = call_later
         self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
@@ -148,26 +148,26 @@ class RateLimiter:
         is_refresh: bool,
         timeout_seconds: float,
         on_expected_wait: Callable[[float], None] = lambda _: None,
-        query_state: TaskQueryState | None = None,
+        awaited_query: AwaitedQuery | None = None,
     ) -> Permit:
         """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.mark_sent()` to send.
 
         Args:
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: The longest wait. The timer may add up to 0.1 s.
-            on_expected_wait: Called with the expected wait in seconds, at two kinds of moments:
+            on_expected_wait: Called with the expected wait in seconds, which may be 0, at these moments:
                 - when the query is put into the queue, if the wait is at least `MIN_REPORTED_WAIT_SECONDS`
-                - while the query is queued, each time the limit falls or a pause begins, and after replies
-                  about shared permits, but these at most every 0.2 s; the expected wait may be 0
-            query_state: Has the clients that wait for the response. None: the gateway itself needs it.
-                Each client has a queue of first queries. A first query enters that of one of these clients.
+                - while the query is queued, each time the limit falls or a pause begins
+                - while the query is queued, after a reply about shared permits, at most every 0.2 s
+            awaited_query: Has the clients that wait for the response. None: the gateway itself needs it.
+                Each client has a queue of first queries. A first query enters the queue of one of them.
 
         Raises:
             RateLimited: The expected wait exceeds the timeout. A query that is already queued may
                 fail, too, when its expected wait becomes longer.
         """
         self._remove_unneeded_limit()
-        state = query_state or TaskQueryState(keep_without_callers=True)
+        state = awaited_query or AwaitedQuery(keep_without_callers=True)
         client = b"" if is_refresh else self._queue.client_with_shortest_queue(state.clients)
         wait = self.expected_wait(is_refresh=is_refresh, client=client)
         if wait == 0 and not self._queue and self._try_take_shared_permit(is_refresh=is_refresh):
@@ -195,7 +195,7 @@ class RateLimiter:
         """
         self._on_throttled(self._clock(), retry_after)
 
-    async def _wait_in_queue(self, query: QueuedQuery, state: TaskQueryState) -> None:
+    async def _wait_in_queue(self, query: QueuedQuery, state: AwaitedQuery) -> None:
         future = query.future
         state.queue_entry = query
         self._serve_queue()
@@ -280,7 +280,8 @@ class RateLimiter:
             self._refuse_or_report_waits(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
-        # First remove a learned limit that is no longer needed. Otherwise `on_throttled` would lower it.
+        # A learned limit that is no longer needed is removed first. Otherwise `on_throttled` would lower this
+        # old limit, and not learn a new one.
         self._remove_unneeded_limit()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit

@@ -13,7 +13,7 @@ The delay grows exponentially, with full jitter, and is at least the `retry_afte
 Calls are repeated in five other cases, which are not retries and do not use the budget:
 
 - after a clock correction, once (`UpstreamClient`)
-- on a new connection, once, if the response may be for another task (`response_attribution.py`)
+- on a new connection, once, if the response may be for another task (`connection_reuse.py`)
 - with another key pair, if the upstream refuses one (`credential_rotation.py`)
 - a hedged call, next to a call without a response (`hedging.py`)
 - a call without a response, after a hedged call has succeeded (`hedging.py`)

@@ -3,7 +3,7 @@
     send: sign, send, read -> parse_response -> a ParsedResponse, or an UpstreamError
 
 If the upstream refuses the timestamp of a call, later calls are signed with the upstream's time, which the
-`Date` header of its response shows. Failed connections raise exceptions of httpx.
+`Date` header of its response shows. All failures of a call are UpstreamErrors, also those of the connection.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import NoTracing, SpanRecord, Tracing
+from gateway.upstream.connection_reuse import ConnectionReuse
 from gateway.upstream.content_coding import decode_body
 from gateway.upstream.create_transport import create_transport
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.egress_proxy import find_proxy
 from gateway.upstream.header_values import parse_http_date, parse_retry_after
 from gateway.upstream.loop_detection import refuse_gateway_response
-from gateway.upstream.response_attribution import ResponseAttribution
 from gateway.upstream.signing import signed_headers
 from gateway.upstream.transport import HttpResponse, explain_failure, is_certificate_error
 from gateway.upstream.vendor_errors import classify
@@ -139,7 +139,7 @@ class SignedCalls:
             settings, proxy=self.proxy, redactor=redactor, environ=os.environ
         )
         metrics.upstream_in_flight.set_function(lambda: transport.in_flight)
-        self._attribution = ResponseAttribution(transport)
+        self._connection_reuse = ConnectionReuse(transport)
         self.clock_offset = 0.0
         self.last_error_code: str | None = None
         self._last_cause = ""  # of the error of the last call
@@ -166,7 +166,7 @@ class SignedCalls:
             key: The task to query.
             pair: The key pair to sign with.
             number: The number of this call within its query, from 0; for tracing.
-            on_complete: See `send_unparsed`.
+            on_complete: See `send_probe`.
 
         Raises:
             UpstreamError: The call failed, or its response is not a successful envelope.
@@ -177,7 +177,7 @@ class SignedCalls:
                 span.invoke_id = _redacted(parsed.invoke_id, self._redactor)
             return parsed
 
-    async def send_unparsed(
+    async def send_probe(
         self, key: TaskKey, pair: KeyPair, *, on_complete: Callable[[], None] = lambda: None
     ) -> UnparsedResponse:
         """Make one call on a new connection, and return its response as received.
@@ -240,7 +240,7 @@ class SignedCalls:
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
             body, redact = response.body, self._redactor
-            # Search a small body for secrets, quickly here and exactly below. `_send` searches a large one.
+            # Search a small body quickly here, and below exactly if needed. `_send` searches a large one.
             may_leak = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
                 body, response.request_headers["x-ca-signature"]
             )
@@ -275,7 +275,8 @@ class SignedCalls:
         self, key: TaskKey, pair: KeyPair, span: SpanRecord, on_complete: Callable[[], None]
     ) -> ParsedResponse:
         operation = key.operation
-        # A call that the query's deadline cancels has no cause: keep that of the last call if it timed out.
+        # Until the code below sets another outcome, this call counts as cancelled by the query's deadline. It
+        # then has no cause of its own, and keeps that of the call before if that timed out.
         outcome = UpstreamTimeout.code
         cause = self._last_cause if self.last_error_code == outcome else ""
         started = time.perf_counter()
@@ -283,7 +284,7 @@ class SignedCalls:
         reuse_connection = False
         try:
             headers, received = await self._exchange(
-                key, pair, on_complete, new_connection=self._attribution.needs_new_connection(key)
+                key, pair, on_complete, new_connection=self._connection_reuse.needs_new_connection(key)
             )
             response = self._decode(headers, received)
             span.status = response.status
@@ -307,12 +308,12 @@ class SignedCalls:
         except UpstreamError as exc:
             outcome, span.invoke_id, cause = exc.code, exc.invoke_id, exc.cause
             if received is not None:
-                reuse_connection = self._attribution.may_reuse_connection(key, received, exc)
+                reuse_connection = self._connection_reuse.may_reuse_connection(key, received, exc)
             elif cause and (suppressed := self._log_sampler.take(cause)) is not None:
                 log.warning("upstream_unreachable", operation=operation, reason=cause, suppressed=suppressed)
             raise
         else:
-            self._attribution.on_success(key)
+            self._connection_reuse.on_success(key)
             reuse_connection = True
             outcome, cause = "ok", ""
             return parsed

@@ -12,9 +12,9 @@ when the task is no longer overdue.
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
 store keeps the bodies, and limits their memory. The hub keeps updates without their large bodies
-(`Update.without_large_body`). A subscriber keeps the large body of at most one unsent update. It takes the
-others from the store when it sends their updates. If the store has evicted a body, the task is queried again,
-and the subscriber receives the new snapshot.
+(`Update.without_large_body`). A subscriber keeps the large body of at most one unsent update. When it sends
+the other updates, it takes their bodies from the store. If the store has evicted a body, the task is queried
+again, and the subscriber receives the new snapshot.
 
 Schedules that wake together receive their responses at about the same time. All responses are parsed and
 stored first, while the code for this is in the processor's caches. The changes are published afterwards, a
@@ -54,7 +54,7 @@ class WatchHub:
 
     `direct_delivery_hook`, which `api/events.py` replaces, receives each update and its recipients. It
     returns the subscribers that must keep the update as unsent: by default, all. `unanswered_tasks` counts
-    watched tasks without a snapshot, and new tasks of waiting requests. `clock`: that of `fetched_at`.
+    the tasks without a snapshot that are watched or that requests wait for. `clock`: that of `fetched_at`.
     """
 
     def __init__(
@@ -199,8 +199,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # `published` has no large body: send `servable_result`, which has one, if the content is equal.
-            # They differ if the store has lost the snapshot of a task that has ended, and has another one.
+            # `servable_result` has its body, even a large one, so send it if it has the published content. It
+            # has another content if the store has lost the snapshot of an ended task, and has another one.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])

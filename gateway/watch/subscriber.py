@@ -111,10 +111,10 @@ class Subscriber:
     Attributes:
         seen_revisions: The revisions that the client had received before it subscribed, by task. `put`
             removes the entry of a task when it stores an update of the task.
-        direct_transport: The transport of the connection, for direct writes: writes that do not go through
+        client_transport: The transport of the connection, for direct writes: writes that do not go through
             the stream's asyncio task (the task that awaits `wait`). None if the server does not support them.
         chunked: Whether bytes that are written directly must have the form of a chunk (RFC 9112, 7.1).
-        transport_if_idle: `direct_transport` while the stream's asyncio task waits and nothing is unsent, and
+        transport_if_idle: `client_transport` while the stream's asyncio task waits and nothing is unsent, and
             no newer snapshot was seen by the client. Otherwise None: a direct write would overtake an older
             update, or could be older than what the client has.
         not_found_keys: Tasks whose queries the upstream has rejected for `watch.unknown_task_seconds`.
@@ -136,7 +136,7 @@ class Subscriber:
         "_wake_ups",
         "chunked",
         "client",
-        "direct_transport",
+        "client_transport",
         "disconnected",
         "heartbeat_due",
         "keys",
@@ -173,7 +173,7 @@ class Subscriber:
         self._sent_overdue_codes: dict[TaskKey, str] | None = None
         self._key_with_body: TaskKey | None = None  # the task whose unsent update may have a large body
         self.heartbeat_due = False
-        self.direct_transport: asyncio.WriteTransport | None = None
+        self.client_transport: asyncio.WriteTransport | None = None
         self.chunked = True
         self.transport_if_idle: asyncio.WriteTransport | None = None
         # A future instead of an asyncio.Event: only one asyncio task waits, and an Event takes 0.7 KB more.
@@ -283,7 +283,7 @@ class Subscriber:
         if not self.woken:
             waiter = self._waiter = asyncio.get_running_loop().create_future()
             is_idle = not (self._unsent or self._unsent_overdue_notices or self.seen_revisions)
-            self.transport_if_idle = self.direct_transport if is_idle else None
+            self.transport_if_idle = self.client_transport if is_idle else None
             try:
                 await waiter
             finally:

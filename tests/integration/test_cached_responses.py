@@ -29,7 +29,7 @@ from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
 from gateway.domain.errors import UpstreamTimeout
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot
+from gateway.progress.outcomes import CacheStatus, LookupSuccess
 from gateway.server.connection_limits import make_connection_limits
 from gateway.server.protocol_class import make_protocol_class
 from gateway.settings.model import Cache, Settings
@@ -55,7 +55,7 @@ async def bench() -> AsyncIterator[Bench]:
 # --- reuse ------------------------------------------------------------------------------------------------
 
 
-def wire(result: FoundSnapshot, known: str | None) -> bytes:
+def wire(result: LookupSuccess, known: str | None) -> bytes:
     """Return the response to a result as a newly built one."""
     status, values, body = build_response(result, known)
     lines = [b"HTTP/1.1 " + {200: b"200 OK", 304: b"304 Not Modified"}[status], b"server: 100 %d"]
@@ -81,7 +81,7 @@ def test_hits_have_the_age_of_each_request(lifetime: float, ticks: list[float], 
             age = bench.now - snapshot.fetched_at
             if age >= lifetime:
                 break
-            assert bench.ask(headers=headers) == wire(FoundSnapshot(snapshot, age, CacheStatus.HIT), known)
+            assert bench.ask(headers=headers) == wire(LookupSuccess(snapshot, age, CacheStatus.HIT), known)
         await bench.service.aclose()
 
     asyncio.run(play())
@@ -101,7 +101,7 @@ def test_hits_that_are_stale_are_reused_briefly(ticks: list[float]) -> None:
             if age >= 1.0 + Cache().stale_while_revalidate_seconds:
                 assert shown is None
                 break
-            assert shown == wire(FoundSnapshot(snapshot, age, CacheStatus.STALE), None)
+            assert shown == wire(LookupSuccess(snapshot, age, CacheStatus.STALE), None)
             assert bench.count("cache_lookups_total", operation="sd_get_progress", result="stale") == asked
             bench.now += tick
         bench.keep(body=b"newer")
@@ -119,7 +119,7 @@ async def test_hits_that_are_stale_report_a_failure_soon(bench: Bench) -> None:
         assert b"detail" not in (bench.ask() or b"detail")
     bench.store.put_failure(KEY, UpstreamTimeout("no answer"), seconds=1)
     bench.now += 0.011
-    failed = FoundSnapshot(snapshot, 1.511, CacheStatus.STALE, failure=UpstreamTimeout("no answer"))
+    failed = LookupSuccess(snapshot, 1.511, CacheStatus.STALE, failure=UpstreamTimeout("no answer"))
     for _ in range(3):
         assert bench.ask() == wire(failed, None)
 

@@ -9,7 +9,7 @@ import pytest
 from gateway.api.progress_response import cache_values
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Status
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot
+from gateway.progress.outcomes import CacheStatus, LookupSuccess
 from tests.support.harness import Gateway, Simulator, fresh_id, until
 from tests.support.hitting import KEY
 
@@ -196,7 +196,7 @@ def test_progress_max_age_is_the_whole_lifetime(
 ) -> None:
     """`max-age` is the whole lifetime and `Age` the elapsed part; it is at least 1 while fresh."""
     snapshot = Snapshot(KEY, 0.0, lifetime, b"", Status.RUNNING, 0.5, None, b"{}", '"one"')
-    control, seconds, _ = cache_values(FoundSnapshot(snapshot, age, CacheStatus.HIT))
+    control, seconds, _ = cache_values(LookupSuccess(snapshot, age, CacheStatus.HIT))
     assert (control, seconds) == (b"max-age=%d" % expected[0], b"%d" % expected[1])
 
 

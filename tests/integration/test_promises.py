@@ -43,7 +43,7 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.domain.vendor_values import vendor_status
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupSuccess
 from gateway.progress.overdue_detector import MIN_OVERDUE_AFTER_SECONDS
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
@@ -51,9 +51,9 @@ from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import CacheEntry
 from gateway.stores.memory import REMEMBER_SECONDS, MemoryStore
 from gateway.telemetry.metrics import Metrics
+from gateway.upstream.awaited_query import AwaitedQuery
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.signed_calls import ParsedResponse
-from gateway.upstream.task_query_state import TaskQueryState
 from gateway.watch.hub import WatchHub
 from gateway.watch.subscriber import Subscriber, SubscriptionKind, Update
 from tests.support.seen import TAGS
@@ -146,7 +146,7 @@ class FakeUpstream:
         self._cache = cache
         self._longest = dict.fromkeys(Operation, 0.0)  # call so far
 
-    async def query(self, key: TaskKey, *, query_state: TaskQueryState, **_: object) -> ParsedResponse:
+    async def query(self, key: TaskKey, *, awaited_query: AwaitedQuery, **_: object) -> ParsedResponse:
         """Wait until the state machine responds."""
         story, began = self.stories[key], self._loop.time()
         if key in self.in_flight:
@@ -168,12 +168,12 @@ class FakeUpstream:
                         await turn
                     finally:
                         del self.queue[key]
-                    if not query_state.wanted:
+                    if not awaited_query.wanted:
                         self.broken.append(f"{key} was asked for though nothing wants it")
-                query_state.runs_to_end = True
+                awaited_query.runs_to_end = True
                 data = await outcome
         except asyncio.CancelledError:
-            if (query_state.runs_to_end or query_state.wanted) and not self.closing:
+            if (awaited_query.runs_to_end or awaited_query.wanted) and not self.closing:
                 self.broken.append(f"{key} was given up while it was wanted, or on the wire")
             # No call was made: the reason for this one is also a reason for the next one.
             story.prompted = story.prompted or prompted
@@ -301,10 +301,10 @@ class Promises(RuleBasedStateMachine):
         key, entry = list(self.found.items())[number % len(self.found)]
         self.upstream.stories[key].prompted = True
         now = self.loop.time()
-        if self.loop.within(partial(self.service.try_reuse, entry, now)):
+        if self.loop.within(partial(self.service.count_if_reusable, entry, now)):
             snapshot = entry.snapshot
             source = CacheStatus.HIT if snapshot.fresh(now) else CacheStatus.STALE
-            self._judge(key, FoundSnapshot(snapshot, now - snapshot.fetched_at, source))
+            self._judge(key, LookupSuccess(snapshot, now - snapshot.fetched_at, source))
 
     @rule(key=keys)
     def peek(self, key: TaskKey) -> None:
@@ -518,7 +518,7 @@ class Promises(RuleBasedStateMachine):
 
     # Checks
 
-    def _judge(self, key: TaskKey, result: FoundSnapshot) -> None:
+    def _judge(self, key: TaskKey, result: LookupSuccess) -> None:
         """Check a result against the freshness promise and, after a failure, against stale-if-error."""
         now, story = self.loop.time(), self.upstream.stories[key]
         self._judge_content(key, result.snapshot)

@@ -13,7 +13,7 @@ from gateway.api.request_log import RequestLog, record_outcome
 from gateway.domain.errors import UpstreamDetail, UpstreamRejected, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.outcomes import CacheStatus, FetchOutcome, FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupSuccess
 from gateway.telemetry.log_sampling import LogSampler
 from tests.support.harness import Gateway, Json, Process, Simulator, fresh_id, serving, until
 
@@ -22,8 +22,8 @@ SNAPSHOT = Snapshot(KEY, 0.0, 1.0, b"{}")
 ROUTE = "/v1/progress/{taskId}"
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TIMEOUT = UpstreamTimeout("too late")
-HIT = FoundSnapshot(SNAPSHOT, 0.1, CacheStatus.HIT)
-MISS = FoundSnapshot(SNAPSHOT, 0.0, CacheStatus.MISS, fetch_outcome=FetchOutcome(SNAPSHOT, 0.25, "i_1"))
+HIT = LookupSuccess(SNAPSHOT, 0.1, CacheStatus.HIT)
+MISS = LookupSuccess(SNAPSHOT, 0.0, CacheStatus.MISS, fetch_outcome=FetchOutcome(SNAPSHOT, 0.25, "i_1"))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def set_level(caplog: pytest.LogCaptureFixture) -> Callable[[int], None]:
 pytestmark = pytest.mark.usefixtures("set_level")
 
 
-def scope(*outcomes: FoundSnapshot | LookupFailure, **state: Any) -> dict[str, Any]:
+def scope(*outcomes: LookupSuccess | LookupFailure, **state: Any) -> dict[str, Any]:
     scope: dict[str, Any] = {"headers": [], "state": {"request_id": "r-1"} | state}
     if outcomes:
         scope["state"]["outcomes"] = outcomes
@@ -88,7 +88,7 @@ def test_requestlog_line_of_a_fetch_without_an_upstream_call() -> None:
 
 def test_requestlog_line_of_a_stale_response_after_a_failure() -> None:
     """A stale response after a failure has the failure's code and the failed call."""
-    stale = FoundSnapshot(
+    stale = LookupSuccess(
         SNAPSHOT, 9.0, CacheStatus.STALE, failure=TIMEOUT, fetch_outcome=FetchOutcome(TIMEOUT, 10.0)
     )
     [line] = written(scope(stale))

@@ -64,7 +64,7 @@ class Client:
         """Start a request. `parts` receives the body of its response."""
         connection = Mock(heavy_work=self.turns)
         connection.client_has_left.return_value = False
-        connection.direct_transport.return_value = None
+        connection.client_transport.return_value = None
         scope: Scope = {
             "type": "http",
             "http_version": "1.1",

@@ -14,7 +14,7 @@ from gateway.api.middleware.telemetry import METHODS
 from gateway.api.request_log import SPAN
 from gateway.api.requests import header
 from gateway.api.trace_context import TraceParent, trace_parent
-from gateway.progress.outcomes import FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import LookupFailure, LookupSuccess
 from gateway.telemetry.opentelemetry import start_span
 
 _SERVER_ERROR = 500
@@ -78,7 +78,7 @@ def _describe(span: Span, scope: Scope, status: int) -> None:
     if status >= _SERVER_ERROR:
         span.set_attribute("error.type", state.get("code", str(status)))
         span.set_status(StatusCode.ERROR)
-    outcomes: Sequence[FoundSnapshot | LookupFailure] = state.get("outcomes", ())
+    outcomes: Sequence[LookupSuccess | LookupFailure] = state.get("outcomes", ())
     if len(outcomes) == 1:
         span.set_attribute("sd_gateway.task_id", outcomes[0].key.task_id)
         span.set_attribute("sd_gateway.cache", outcomes[0].cache_status.value)

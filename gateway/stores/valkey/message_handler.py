@@ -28,8 +28,8 @@ from gateway.stores.valkey.messages import (
     ThrottlingMessage,
     parse_message,
 )
-from gateway.stores.valkey.shared_snapshots import (
-    SharedSnapshots,
+from gateway.stores.valkey.snapshot_exchange import (
+    SnapshotExchange,
     queries_may_overlap,
     require_new_query,
     supersedes,
@@ -46,7 +46,7 @@ class MessageHandler:
         memory: MemoryStore,
         *,
         connection: StoreConnection,
-        snapshots: SharedSnapshots,
+        snapshots: SnapshotExchange,
         leases: Leases,
         waiters: LeaseWaiters,
         start: Callable[[Coroutine[Any, Any, None]], None],

@@ -40,7 +40,7 @@ class Stream:
 
     def __init__(self, loop: TickedLoop) -> None:
         self.subscriber = Subscriber([TaskKey(Operation.SD_GET_PROGRESS, "a")], b"")
-        self.subscriber.direct_transport = self.transport = RecordingTransport(loop)
+        self.subscriber.client_transport = self.transport = RecordingTransport(loop)
         self.task: asyncio.Task[object] = loop.create_task(self.subscriber.next_updates())
         loop.settle()
 

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.domain.task import Operation, TaskKey
 from gateway.progress.overdue_detector import MIN_OVERDUE_AFTER_SECONDS, OverdueDetector
-from gateway.upstream.task_query_state import TaskQueryState
+from gateway.upstream.awaited_query import AwaitedQuery
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "A")
 
@@ -42,6 +42,6 @@ def overdue_detector(*, in_flight_since: float, now: float, fresh: bool) -> Over
     snapshot = SimpleNamespace(terminal=False, fresh=lambda _: fresh)
     entry = SimpleNamespace(snapshot=snapshot, failure=None)
     store: Any = SimpleNamespace(entry=lambda _: entry, cached_failure=lambda _: None)
-    state = TaskQueryState()
+    state = AwaitedQuery()
     state.in_flight_since = in_flight_since
     return OverdueDetector(store, lambda _: state, clock=lambda: now)

@@ -32,15 +32,15 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupSuccess
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
+from gateway.upstream.awaited_query import AwaitedQuery
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.signed_calls import ParsedResponse
-from gateway.upstream.task_query_state import TaskQueryState
 from tests.support.seen import TAGS
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")
@@ -117,14 +117,14 @@ class Call:
         timeout_seconds: float,
         on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
-        query_state: TaskQueryState,
+        awaited_query: AwaitedQuery,
     ) -> None:
         self.key = key
         self.is_refresh = is_refresh
         self.timeout_seconds = timeout_seconds
         self.on_expected_wait = on_expected_wait
         self.on_retry = on_retry
-        self.query_state = query_state
+        self.awaited_query = awaited_query
         self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
 
     def answer(self, status: str = "running", **data: Any) -> None:
@@ -157,18 +157,18 @@ class FakeUpstream:
         timeout_seconds: float,
         on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
-        query_state: TaskQueryState,
+        awaited_query: AwaitedQuery,
     ) -> ParsedResponse:
         """Wait until the test responds; until then the query is queued, or on the wire."""
         self.keys.append(key)
-        query_state.runs_to_end = not self.queues
+        awaited_query.runs_to_end = not self.queues
         call = Call(
             key,
             is_refresh=is_refresh,
             timeout_seconds=timeout_seconds,
             on_expected_wait=on_expected_wait,
             on_retry=on_retry,
-            query_state=query_state,
+            awaited_query=awaited_query,
         )
         self._calls.put_nowait(call)
         return await call.outcome
@@ -208,24 +208,24 @@ class Bench:
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
         self.store.add_snapshot_listener(self._stored.put_nowait)
 
-    def begin(self, key: TaskKey = KEY) -> asyncio.Task[FoundSnapshot]:
+    def begin(self, key: TaskKey = KEY) -> asyncio.Task[LookupSuccess]:
         """Start a query, and return its task."""
         return asyncio.create_task(self.get(key))
 
-    async def get(self, key: TaskKey = KEY) -> FoundSnapshot:
+    async def get(self, key: TaskKey = KEY) -> LookupSuccess:
         """Query; return the result, or raise the failure."""
         outcome = await self.service.get(key)
         if isinstance(outcome, LookupFailure):
             raise outcome.copy_to_raise()
         return outcome
 
-    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> FoundSnapshot:
+    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> LookupSuccess:
         """Query once, and let the upstream respond."""
         asked = self.begin(key)
         (await self.upstream.call()).answer(status, **data)
         return await asked
 
-    async def fail(self, error: BaseException, key: TaskKey = KEY) -> FoundSnapshot | BaseException:
+    async def fail(self, error: BaseException, key: TaskKey = KEY) -> LookupSuccess | BaseException:
         """Query once, let the upstream fail, and return what the caller received."""
         asked = self.begin(key)
         (await self.upstream.call()).fail(error)
@@ -276,7 +276,7 @@ async def bench() -> AsyncIterator[Bench]:
     await bench.service.aclose()
 
 
-def data_of(result: FoundSnapshot) -> dict[str, Any]:
+def data_of(result: LookupSuccess) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(result.snapshot.body)
     return data
 
@@ -316,13 +316,13 @@ async def test_still_current_for_as_long_as_a_lookup_succeeds(bench: Bench) -> N
     entry = cast("CacheEntry", bench.store.current_entry(KEY))
     promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
-    assert all(bench.service.try_reuse(entry, snapshot.fetched_at + age) for age in ages)
+    assert all(bench.service.count_if_reusable(entry, snapshot.fetched_at + age) for age in ages)
     counted = {"miss": 1, "hit": 2, "stale": 2}
     assert bench.lookups() == counted
     assert bench.ages() == (5, sum(ages), 0)
-    assert not bench.service.try_reuse(entry, snapshot.fetched_at + promised)
+    assert not bench.service.count_if_reusable(entry, snapshot.fetched_at + promised)
     bench.store.put(replace(snapshot, version=snapshot.version + 1))
-    assert not any(bench.service.try_reuse(entry, snapshot.fetched_at + age) for age in ages)
+    assert not any(bench.service.count_if_reusable(entry, snapshot.fetched_at + age) for age in ages)
     assert bench.lookups() == counted
 
 
@@ -508,7 +508,7 @@ async def test_get_replaces_a_request_that_has_just_ended(bench: Bench) -> None:
     assert (await early).snapshot.version > known.version
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await late
-    assert isinstance(outcome, FoundSnapshot)
+    assert isinstance(outcome, LookupSuccess)
     assert data_of(outcome)["progress"] == 0.9
 
 
@@ -653,7 +653,7 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
         bench.service.add_caller(KEY, client)
     ticking = asyncio.create_task(bench.service.query_if_stale(KEY))
     call = await bench.upstream.call()
-    assert call.query_state.clients == {b"1": 1, b"2": 1}
+    assert call.awaited_query.clients == {b"1": 1, b"2": 1}
     bench.service.remove_caller(KEY, b"1")
     assert not call.outcome.done()
     bench.service.remove_caller(KEY, b"2")
@@ -663,15 +663,15 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
 
 
 async def test_get_passes_the_clients_of_a_query(bench: Bench) -> None:
-    """The rate limiter is fair to clients: the query state has the clients of all waiting callers."""
+    """The rate limiter is fair to clients: the awaited query has the clients of all waiting callers."""
     callers = [asyncio.create_task(bench.service.get(KEY, client=client)) for client in (b"1", b"1", b"2")]
     call = await bench.upstream.call()
-    assert call.query_state.clients == {b"1": 2, b"2": 1}
+    assert call.awaited_query.clients == {b"1": 2, b"2": 1}
     await left(callers[0])
-    assert call.query_state.clients == {b"1": 1, b"2": 1}
+    assert call.awaited_query.clients == {b"1": 1, b"2": 1}
     call.answer()
     await asyncio.gather(*callers[1:])
-    assert call.query_state.clients == {}
+    assert call.awaited_query.clients == {}
 
 
 # Stale
@@ -729,7 +729,7 @@ async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) ->
     assert bench.service.overdue_detector.error(KEY) is None
     bench.clock.now += CACHE.stale_while_revalidate_seconds
     result = await bench.get(KEY)
-    assert isinstance(result, FoundSnapshot)
+    assert isinstance(result, LookupSuccess)
     assert isinstance(result.failure, UpstreamTimeout)
     assert isinstance(bench.service.overdue_detector.error(KEY), UpstreamTimeout)
     waiting = asyncio.create_task(bench.service.query_if_stale(KEY))
@@ -745,7 +745,7 @@ async def test_overdue_limit_ignores_queries_that_outlast_an_outage(bench: Bench
     asked = bench.begin()
     call = await bench.upstream.call()
     bench.clock.now += 8.0
-    call.query_state.repeated = repeated
+    call.awaited_query.repeated = repeated
     call.answer()
     await asked
     assert bench.service.overdue_detector.overdue_after_seconds == (1.5 if repeated else pytest.approx(4.8))
@@ -756,7 +756,7 @@ async def test_overdue_limit_ignores_the_wait_before_the_call(bench: Bench) -> N
     asked = bench.begin()
     call = await bench.upstream.call()
     bench.clock.now += 8.0
-    call.query_state.seconds_before_call = 7.9
+    call.awaited_query.seconds_before_call = 7.9
     call.answer()
     await asked
     assert bench.service.overdue_detector.overdue_after_seconds == 1.5
@@ -1377,7 +1377,7 @@ async def test_get_returns_nothing_older_than_the_client_has_received(bench: Ben
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
-    assert isinstance(outcome, FoundSnapshot)
+    assert isinstance(outcome, LookupSuccess)
     assert outcome.snapshot.version > known.version
     assert data_of(outcome)["progress"] == 0.9
     assert bench.upstream.count == 2
@@ -1389,7 +1389,7 @@ async def test_get_returns_the_version_that_the_client_has(bench: Bench, age: fl
     known = (await bench.learn()).snapshot
     bench.clock.now += age
     outcome = await bench.service.get(KEY, seen_revision=known.version)
-    assert isinstance(outcome, FoundSnapshot)
+    assert isinstance(outcome, LookupSuccess)
     assert outcome.snapshot is known
 
 
@@ -1398,9 +1398,9 @@ async def test_get_returns_the_end_of_a_task_whatever_the_client_has_received(be
     known = (await bench.learn("succeeded")).snapshot
     outcome = await bench.service.get(KEY, seen_revision=known.version + 10**6)
     fresh = await bench.service.query_if_stale(KEY, seen_revision=known.version + 10**6)
-    assert isinstance(outcome, FoundSnapshot)
+    assert isinstance(outcome, LookupSuccess)
     assert outcome.snapshot is known
-    assert isinstance(fresh, FoundSnapshot)
+    assert isinstance(fresh, LookupSuccess)
     assert fresh.snapshot is known
     assert bench.upstream.count == 1
 
@@ -1415,7 +1415,7 @@ async def test_get_joins_no_request_that_is_older_than_the_client(bench: Bench) 
     assert data_of(await asked)["progress"] == 0.1
     (await bench.upstream.call()).answer(progress=0.2)
     outcome = await late
-    assert isinstance(outcome, FoundSnapshot)
+    assert isinstance(outcome, LookupSuccess)
     assert data_of(outcome)["progress"] == 0.2
     assert outcome.snapshot.version >= 2**52
     assert bench.upstream.count == 2
@@ -1434,7 +1434,7 @@ async def test_one_request_satisfies_all_clients_that_wait(bench: Bench) -> None
     await asked
     (await bench.upstream.call()).answer(progress=0.2)
     for outcome in await asyncio.gather(*late):
-        assert isinstance(outcome, FoundSnapshot)
+        assert isinstance(outcome, LookupSuccess)
         assert data_of(outcome)["progress"] == 0.2
     assert bench.upstream.count == 2
 
@@ -1448,7 +1448,7 @@ async def test_get_needs_a_newer_response_than_other_clients(bench: Bench) -> No
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
-    assert isinstance(outcome, FoundSnapshot)
+    assert isinstance(outcome, LookupSuccess)
     assert data_of(outcome)["progress"] == 0.9
 
 
@@ -1498,7 +1498,7 @@ async def test_query_if_stale_returns_nothing_older_than_the_subscribers_have_re
     asked = asyncio.create_task(bench.service.query_if_stale(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
-    assert isinstance(outcome, FoundSnapshot)
+    assert isinstance(outcome, LookupSuccess)
     assert outcome.snapshot.version > known.version
 
 

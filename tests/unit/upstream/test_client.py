@@ -19,12 +19,12 @@ from gateway.domain.errors import (
 from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
+from gateway.upstream.awaited_query import AwaitedQuery
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.signed_calls import ParsedResponse, SignedCalls
-from gateway.upstream.task_query_state import TaskQueryState
 from tests.support.ticked import TickedLoop
 
 PAIR = KeyPair("key", "secret")
@@ -179,11 +179,11 @@ def test_query_that_is_cancelled_keeps_its_slot_for_its_call(bench: Bench) -> No
 
 def test_query_without_demand_is_not_retried(bench: Bench) -> None:
     """A transient failure is final if all callers have left meanwhile."""
-    state = TaskQueryState()
+    state = AwaitedQuery()
     state.begin()
     state.join(b"1")
     bench.calls.failures = [UpstreamBusy("busy")]
-    asked = bench.ask(0, query_state=state)
+    asked = bench.ask(0, awaited_query=state)
     assert state.runs_to_end
     state.leave(b"1")
     bench.loop.advance(10.0)
@@ -193,16 +193,16 @@ def test_query_without_demand_is_not_retried(bench: Bench) -> None:
 
 def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> None:
     """If all callers left while a refused call was on the wire, no other pair is tried."""
-    state = TaskQueryState()
+    state = AwaitedQuery()
 
-    def drop(dropped: TaskQueryState) -> None:
+    def drop(dropped: AwaitedQuery) -> None:
         dropped.dropped = True
         asked.cancel()
 
     state.begin(on_unwanted=drop)
     state.join(b"1")
     bench.calls.failures = [KeyPairRefused("refused")]
-    asked = bench.ask(0, query_state=state)
+    asked = bench.ask(0, awaited_query=state)
     state.leave(b"1")
     bench.loop.advance(4.0)
     assert asked.cancelled()
@@ -252,11 +252,11 @@ def test_repeat_on_a_new_connection_leaves_all_retries(bench: Bench) -> None:
 def test_query_state_says_whether_a_call_was_repeated(cause: str) -> None:
     """After a retry, after a hedged call, and if the hedged call of another query was answered first."""
     bench = Bench(max_in_flight=3)
-    states = [TaskQueryState(keep_without_callers=True) for _ in range(2)]
+    states = [AwaitedQuery(keep_without_callers=True) for _ in range(2)]
     bench.calls.seconds = 8.0 if cause == "hedged call" else 0.1
     if cause == "retry":
         bench.calls.failures = [UpstreamBusy("busy")]
-    asked = [bench.ask(number, is_refresh=True, query_state=state) for number, state in enumerate(states)]
+    asked = [bench.ask(number, is_refresh=True, awaited_query=state) for number, state in enumerate(states)]
     bench.calls.seconds = 0.1
     bench.loop.advance(2.0)
     assert [each.exception() for each in asked] == [None, None]
@@ -268,10 +268,10 @@ def test_query_state_says_whether_a_call_was_repeated(cause: str) -> None:
 def test_query_state_says_how_long_a_query_was_queued() -> None:
     """The second query waits until the first one has released the only slot."""
     bench = Bench(max_in_flight=1)
-    states = [TaskQueryState(keep_without_callers=True) for _ in range(2)]
+    states = [AwaitedQuery(keep_without_callers=True) for _ in range(2)]
     bench.calls.seconds = 1.0
     for number, state in enumerate(states):
-        bench.ask(number, query_state=state)
+        bench.ask(number, awaited_query=state)
     bench.loop.advance(10.0)
     assert [state.seconds_before_call for state in states] == pytest.approx([0.0, 1.0])
     bench.loop.close()
@@ -290,10 +290,10 @@ def test_query_without_time_for_a_repeat_is_not_rejected(bench: Bench) -> None:
 
 def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
     """A query is not committed while it waits for another call to end or between two attempts."""
-    first, state = bench.ask(0), TaskQueryState()
+    first, state = bench.ask(0), AwaitedQuery()
     state.begin()
     state.join(b"1")
-    second = bench.ask(1, query_state=state)
+    second = bench.ask(1, awaited_query=state)
     assert not state.runs_to_end
     bench.loop.advance(4.0)
     assert (first.exception(), state.runs_to_end) == (None, True)

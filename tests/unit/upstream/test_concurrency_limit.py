@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from gateway.upstream.awaited_query import AwaitedQuery
 from gateway.upstream.concurrency_limit import ConcurrencyLimit, ConcurrencySlot
-from gateway.upstream.task_query_state import TaskQueryState
 
 
 class Bench:
@@ -18,7 +18,7 @@ class Bench:
 
     async def start(self, name: str, *clients: bytes, is_refresh: bool = False) -> asyncio.Task[None]:
         """Start a query that keeps its slot; return its task."""
-        state = TaskQueryState()
+        state = AwaitedQuery()
         for client in clients:
             state.join(client)
 

@@ -20,8 +20,8 @@ from gateway.domain.errors import (
     UpstreamThrottled,
 )
 from gateway.domain.permits_reply import PermitsReply
+from gateway.upstream.awaited_query import AwaitedQuery
 from gateway.upstream.rate_limiter import RateLimiter
-from gateway.upstream.task_query_state import TaskQueryState
 
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
 
@@ -126,7 +126,7 @@ class Bench:
         is_refresh: bool = True,
         timeouts: float = 100.0,
         consume: bool = True,
-        query_state: TaskQueryState | None = None,
+        awaited_query: AwaitedQuery | None = None,
     ) -> asyncio.Task[None]:
         """Start to wait for a permit."""
 
@@ -135,7 +135,7 @@ class Bench:
                 is_refresh=is_refresh,
                 timeout_seconds=timeouts,
                 on_expected_wait=lambda seconds: self.expected_waits.append((name, seconds)),
-                query_state=query_state,
+                awaited_query=awaited_query,
             ) as permit:
                 if consume:
                     permit.mark_sent()
@@ -253,9 +253,9 @@ async def test_rate_limiter_alternates_between_queues(bench: Bench, crowd: bool)
     assert [name for name in bench.went if name.startswith("crowd")] == [f"crowd{n}" for n in range(4)]
 
 
-def wanted_by(*clients: bytes) -> TaskQueryState:
-    """Return a query state with these clients, with one caller each."""
-    state = TaskQueryState()
+def wanted_by(*clients: bytes) -> AwaitedQuery:
+    """Return an awaited query with these clients, with one caller each."""
+    state = AwaitedQuery()
     for client in clients:
         state.join(client)
     return state
@@ -264,12 +264,12 @@ def wanted_by(*clients: bytes) -> TaskQueryState:
 async def test_rate_limiter_first_queries_are_fair_to_clients(bench: Bench) -> None:
     """A new client waits about one round, however many queries another client has queued."""
     for number in range(100):
-        bench.ask(f"crowd{number}", is_refresh=False, query_state=wanted_by(b"1"))
+        bench.ask(f"crowd{number}", is_refresh=False, awaited_query=wanted_by(b"1"))
     bench.ask("refresh")
     await bench.clock.tick()
     assert bench.limiter.expected_wait(is_refresh=False, client=b"2") == pytest.approx(1.5)
     newcomers = [
-        bench.ask(f"new{number}", is_refresh=False, timeouts=2.0, query_state=wanted_by(b"%d" % number))
+        bench.ask(f"new{number}", is_refresh=False, timeouts=2.0, awaited_query=wanted_by(b"%d" % number))
         for number in (2, 3)
     ]
     await bench.clock.tick(2.0)
@@ -280,7 +280,7 @@ async def test_rate_limiter_first_queries_are_fair_to_clients(bench: Bench) -> N
 async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: Bench) -> None:
     """If a client queues more than can be served in time, only queries of that client are refused."""
     crowd = [
-        bench.ask(f"crowd{number}", is_refresh=False, timeouts=5.0, query_state=wanted_by(b"1"))
+        bench.ask(f"crowd{number}", is_refresh=False, timeouts=5.0, awaited_query=wanted_by(b"1"))
         for number in range(100)
     ]
     await bench.clock.tick()
@@ -289,7 +289,7 @@ async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: 
     for second in range(5):
         new.append(
             bench.ask(
-                f"new{second}", is_refresh=False, timeouts=5.0, query_state=wanted_by(b"%d" % (second + 2))
+                f"new{second}", is_refresh=False, timeouts=5.0, awaited_query=wanted_by(b"%d" % (second + 2))
             )
         )
         await bench.clock.tick(1.0)
@@ -308,8 +308,8 @@ async def test_rate_limiter_queues_a_shared_query_for_the_new_client_too(bench: 
     """A query far back in one client's queue moves up when a new client waits for it, too."""
     state = wanted_by(b"1")
     for number in range(10):
-        bench.ask(f"crowd{number}", is_refresh=False, query_state=wanted_by(b"1"))
-    asked = bench.ask("shared", is_refresh=False, query_state=state)
+        bench.ask(f"crowd{number}", is_refresh=False, awaited_query=wanted_by(b"1"))
+    asked = bench.ask("shared", is_refresh=False, awaited_query=state)
     await bench.clock.tick()
     state.join(b"2")
     state.join(b"2")
@@ -323,9 +323,9 @@ async def test_rate_limiter_keeps_a_query_while_a_client_waits(bench: Bench) -> 
     """A query stays queued for its remaining clients when one of them leaves."""
     state = wanted_by(b"1", b"2")
     for number in range(3):
-        bench.ask(f"crowd{number}", is_refresh=False, query_state=wanted_by(b"3"))
-    bench.ask("shared", is_refresh=False, query_state=state)
-    bench.ask("refresh", query_state=(renewed := wanted_by(b"1", b"2")))
+        bench.ask(f"crowd{number}", is_refresh=False, awaited_query=wanted_by(b"3"))
+    bench.ask("shared", is_refresh=False, awaited_query=state)
+    bench.ask("refresh", awaited_query=(renewed := wanted_by(b"1", b"2")))
     await bench.clock.tick()
     for wanted in (state, renewed):
         wanted.leave(b"1")

@@ -23,7 +23,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupSuccess
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
@@ -102,10 +102,10 @@ class ManualService:
         self.demand: Counter[tuple[TaskKey, bytes]] = Counter()
         self.seen_revisions: list[int] = []
 
-    def lookup(self, _key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
+    def lookup(self, _key: TaskKey, seen_revision: int = 0) -> LookupSuccess | None:
         if self.known is None or (self.known.version < seen_revision and not self.known.terminal):
             return None
-        return FoundSnapshot(self.known, 0.0, CacheStatus.HIT)
+        return LookupSuccess(self.known, 0.0, CacheStatus.HIT)
 
     peek = lookup
 
@@ -115,7 +115,7 @@ class ManualService:
     def remove_caller(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] -= 1
 
-    async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> FoundSnapshot | LookupFailure:
+    async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> LookupSuccess | LookupFailure:
         assert +self.demand
         self.seen_revisions.append(seen_revision)
         self.asked.set()
@@ -124,7 +124,7 @@ class ManualService:
             return LookupFailure(key, answer, CacheStatus.MISS)
         if isinstance(answer, Exception):
             raise answer
-        return FoundSnapshot(answer, 0.0, CacheStatus.MISS)
+        return LookupSuccess(answer, 0.0, CacheStatus.MISS)
 
 
 async def asked(service: ManualService) -> None:
@@ -200,15 +200,15 @@ async def test_watch_delivers_directly_only_to_idle_subscribers(watch: WatchHub,
     def deliver(update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
         assert update.snapshot is not None
         [only] = subscribers
-        if only.transport_if_idle is not direct_transport or update.snapshot.etag == "3":
+        if only.transport_if_idle is not client_transport or update.snapshot.etag == "3":
             return subscribers  # busy, or its reader does not keep up
         delivered.append(update.snapshot.etag)
         return []
 
     watch.direct_delivery_hook = deliver
-    direct_transport = asyncio.WriteTransport()
+    client_transport = asyncio.WriteTransport()
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
-        subscriber.direct_transport = direct_transport
+        subscriber.client_transport = client_transport
         store.put(snapshot("1"))
         await asyncio.sleep(0)  # published while no task waits yet
         assert etags(await received(subscriber)) == ["1"]
@@ -391,8 +391,8 @@ async def test_watch_writes_directly_once_the_client_is_up_to_date(
 ) -> None:
     """A direct write does not check versions: until the named version is sent, the stream sends itself."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS, seen_revisions={KEY: 2}) as subscriber:
-        subscriber.direct_transport = asyncio.WriteTransport()
-        for idle in (None, subscriber.direct_transport):
+        subscriber.client_transport = asyncio.WriteTransport()
+        for idle in (None, subscriber.client_transport):
             waiting = asyncio.create_task(subscriber.next_updates())
             await asyncio.sleep(0)
             assert subscriber.transport_if_idle is idle
@@ -1113,11 +1113,11 @@ def test_watch_continues_every_schedule_after_a_recovery() -> None:
     refreshed: list[TaskKey] = []
 
     class FailingService(ManualService):
-        async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> FoundSnapshot | LookupFailure:
+        async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> LookupSuccess | LookupFailure:
             refreshed.append(key)
             if failing:
                 return LookupFailure(key, UpstreamTimeout("late"), CacheStatus.MISS)
-            return FoundSnapshot(
+            return LookupSuccess(
                 replace(snapshot("1"), key=key, fetched_at=loop.time()), 0.0, CacheStatus.MISS
             )
 
@@ -1153,11 +1153,11 @@ def test_watch_leaves_rejected_tasks_alone_when_another_becomes_known() -> None:
     refreshed: list[TaskKey] = []
 
     class RejectingService(ManualService):
-        async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> FoundSnapshot | LookupFailure:
+        async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> LookupSuccess | LookupFailure:
             refreshed.append(key)
             if key == new and is_known:
                 found = replace(snapshot("1"), key=key, fetched_at=loop.time())
-                return FoundSnapshot(found, 0.0, CacheStatus.MISS)
+                return LookupSuccess(found, 0.0, CacheStatus.MISS)
             rejected = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
             return LookupFailure(key, rejected, CacheStatus.MISS)
 
@@ -1189,7 +1189,7 @@ def test_watch_checks_a_slow_refresh_although_clients_subscribe_again() -> None:
     loop = TickedLoop()
 
     class SilentService(ManualService):
-        async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> FoundSnapshot | LookupFailure:
+        async def query_if_stale(self, key: TaskKey, *, seen_revision: int) -> LookupSuccess | LookupFailure:
             return await asyncio.get_running_loop().create_future()
 
     try:

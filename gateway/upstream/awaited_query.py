@@ -1,4 +1,4 @@
-"""The query state of one task: the callers that wait for its response, and the state of the query itself.
+"""A query of one task: the callers that wait for its response, and what the query itself waits for.
 
     caller: join -> wait -> leave
     the last caller leaves -> a queued query is dropped, unless the gateway itself needs the response
@@ -32,8 +32,8 @@ class QueueEntry(Protocol):
         """Record that the last caller of a client has left, while `others` still wait."""
 
 
-class TaskQueryState:
-    """The callers of one task, and the state of its query. It may outlive an in-flight request.
+class AwaitedQuery:
+    """The callers that wait for a query of one task, and its state. It may outlive an in-flight request.
 
     Attributes:
         clients: Number of waiting callers, by client.
@@ -44,7 +44,7 @@ class TaskQueryState:
         runs_to_end: The query is completed even without callers: a call is on the wire, or the query has
             ended.
         on_unwanted: Callback that cancels a query which is not wanted any more. Its argument is this
-            query state.
+            awaited query.
         dropped: The query was cancelled by `on_unwanted`.
         queue_entry: The query's entry in the queue for a permit or for a concurrency slot; None while it is
             in neither.
@@ -86,7 +86,7 @@ class TaskQueryState:
         self,
         *,
         keep_without_callers: bool = False,
-        on_unwanted: Callable[[TaskQueryState], None] = lambda _: None,
+        on_unwanted: Callable[[AwaitedQuery], None] = lambda _: None,
     ) -> None:
         """Reset everything but `clients` and `seen_revision` for a new in-flight request."""
         self.on_unwanted = on_unwanted

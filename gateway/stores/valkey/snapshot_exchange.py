@@ -24,7 +24,7 @@ from gateway.telemetry.metrics import Metrics
 log = structlog.get_logger(__name__)
 
 
-class SharedSnapshots:
+class SnapshotExchange:
     """Moves snapshots between the server and this process.
 
     `memory`: the cache of this process. `ValkeyStore` is a subclass of `MemoryStore`, and passes itself.
@@ -90,8 +90,9 @@ class SharedSnapshots:
         """
         entry, metadata = self._memory.entry(key), reply.metadata
         if entry is not None and not supersedes(metadata, entry.snapshot):
-            # The server has no snapshot that supersedes the present one. If another replica has announced
-            # one, the server has lost it, and the entry is outdated until the task is queried again.
+            # The server has no snapshot that supersedes the present one. If another replica has announced a
+            # newer one (`required_version`), the server has lost it: the entry is outdated until the task is
+            # queried again.
             entry.outdated = entry.required_version > entry.snapshot.version
             return entry.snapshot
         if not reply.value:  # the server has none, or the caller knows it
@@ -149,10 +150,10 @@ def supersedes(metadata: StoredMetadata, snapshot: Snapshot) -> bool:
 def queries_may_overlap(known: Snapshot, version: int, revision: int) -> bool:
     """Tell whether a query may have begun before the body of a known snapshot arrived.
 
-    `version` and `revision` are those of the query's snapshot; its version is larger than that of the known
-    one. A lease prevents overlapping queries, unless the server has lost it or cannot be reached. If two
-    queries have overlapped, it is unknown which of the two responses is newer. Equal times prove nothing, so
-    they count as an overlap.
+    `version` and `revision` belong to the snapshot of the query; `version` is larger than `known.version`. A
+    lease prevents overlapping queries, unless the server has lost it or cannot be reached. If two queries
+    have overlapped, it is unknown which of the two responses is newer. Equal times do not show which came
+    first, so they count as an overlap.
     """
     return revision != known.revision and version <= known.revision
 

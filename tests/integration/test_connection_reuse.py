@@ -75,7 +75,7 @@ class OutOfStep(RawUpstream):
 
 
 @pytest.mark.parametrize("failure", [rejection, refusal, page])
-def test_attribution_no_task_receives_the_failure_of_another(
+def test_connection_reuse_no_task_receives_the_failure_of_another(
     begin: Callable[[RawUpstream], Gateway], failure: Callable[[Request], bytes]
 ) -> None:
     """Every task receives its own response, and each call is counted, with its repeat."""
@@ -101,7 +101,7 @@ def test_attribution_no_task_receives_the_failure_of_another(
     assert any(line["event"] == "connection_out_of_step" for line in lines)
 
 
-def test_attribution_late_failure_of_a_task_that_was_known(
+def test_connection_reuse_late_failure_of_a_task_that_was_known(
     begin: Callable[[RawUpstream], Gateway],
 ) -> None:
     """A rejection is not trusted because the response before it named its task.
@@ -128,7 +128,7 @@ def test_attribution_late_failure_of_a_task_that_was_known(
         assert len(set(upstream.connections)) == 2
 
 
-def test_attribution_unknown_tasks_cost_few_calls(begin: Callable[[RawUpstream], Gateway]) -> None:
+def test_connection_reuse_unknown_tasks_cost_few_calls(begin: Callable[[RawUpstream], Gateway]) -> None:
     """One unknown task costs a second call, if it uses the connection of a success. The next ones do not."""
     known, unknown = fresh_id(), [fresh_id() for _ in range(10)]
 
@@ -148,7 +148,7 @@ def test_attribution_unknown_tasks_cost_few_calls(begin: Callable[[RawUpstream],
         assert gate.metric("upstream_requests_total", outcome="upstream-rejected") == 11 + 10
 
 
-def test_attribution_successes_share_a_connection(begin: Callable[[RawUpstream], Gateway]) -> None:
+def test_connection_reuse_successes_share_a_connection(begin: Callable[[RawUpstream], Gateway]) -> None:
     """A task that has failed before uses reused connections again after its first success."""
     connections: list[socket.socket] = []
     unknown = fresh_id()

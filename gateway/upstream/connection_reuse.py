@@ -1,4 +1,4 @@
-"""Attribution: whether a response can belong to another task's call on the same connection.
+"""Connection reuse: whether a response can belong to another task's call on the same connection.
 
     names the task                         -> it is the task's; the connection is reused
     names no task, on a new connection     -> it is the task's; the connection is closed
@@ -43,7 +43,7 @@ _MAX_FAILED_TASKS = 4096
 log = structlog.get_logger(__name__)
 
 
-class ResponseAttribution:
+class ConnectionReuse:
     """Decides which calls need a new connection, and which failures must be confirmed on one."""
 
     def __init__(self, transport: Transport) -> None:
