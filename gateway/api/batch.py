@@ -148,7 +148,7 @@ class BatchEndpoint:
         refused: dict[TaskKey, LookupFailure] = {}
         if not unanswered.has_room(client, len(new)):
             failure = too_many_tasks()
-            refused = {key: self._service.failure_of_refused_lookup(key, failure) for key in new}
+            refused = {key: self._service.count_refused_lookup(key, failure) for key in new}
             if not others_known and [each.failure for each in refused.values()] == [failure] * len(keys):
                 raise too_many_tasks()  # a new one: the traceback of `failure` would refer to `refused`
         queried = [key for key in missing if key not in refused]

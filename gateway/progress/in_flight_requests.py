@@ -30,7 +30,7 @@ class InFlightRequests(Generic[K, T]):
     def __init__(self, fetch: Callable[[K, AwaitedQuery, Any], Coroutine[Any, Any, T]]) -> None:
         self._fetch = fetch
         self._in_flight: SingleFlight[K, T] = SingleFlight()
-        self._states: dict[K, AwaitedQuery] = {}  # of keys with callers or an in-flight request
+        self._queries: dict[K, AwaitedQuery] = {}  # of keys with callers or an in-flight request
 
     def __contains__(self, key: K) -> bool:
         """Tell whether an in-flight request for this key runs."""
@@ -41,32 +41,32 @@ class InFlightRequests(Generic[K, T]):
         """Tell whether `aclose` was called: no in-flight request can start any more."""
         return self._in_flight.closed
 
-    def get_or_create_state(self, key: K) -> AwaitedQuery:
+    def get_or_create_query(self, key: K) -> AwaitedQuery:
         """Return the awaited query of a key; create it if there is none."""
-        state = self._states.get(key)
-        if state is None:
-            state = self._states[key] = AwaitedQuery()
-        return state
+        query = self._queries.get(key)
+        if query is None:
+            query = self._queries[key] = AwaitedQuery()
+        return query
 
-    def query_state_of(self, key: K) -> AwaitedQuery | None:
+    def in_flight_query_of(self, key: K) -> AwaitedQuery | None:
         """Return the awaited query of the in-flight request for this key; None if there is none."""
-        state = self._states.get(key)
-        return state if state is not None and state.in_flight else None
+        query = self._queries.get(key)
+        return query if query is not None and query.in_flight else None
 
     def add_caller(self, key: K, client: bytes) -> None:
         """Add a caller or subscriber of this client. Until it leaves, it waits for each in-flight request."""
-        self.get_or_create_state(key).join(client)
+        self.get_or_create_query(key).join(client)
 
     def remove_caller(self, key: K, client: bytes) -> None:
         """Remove a caller or subscriber. An unwanted in-flight request is dropped unless it must finish."""
-        state = self._states[key]
-        state.leave(client)
-        if state.clients:
+        query = self._queries[key]
+        query.leave(client)
+        if query.clients:
             return
-        if not state.in_flight:
-            del self._states[key]
-        elif not state.keep_without_callers and not state.runs_to_end:
-            self._drop(key, state)
+        if not query.in_flight:
+            del self._queries[key]
+        elif not query.keep_without_callers and not query.runs_to_end:
+            self._drop(key, query)
 
     def join_or_start(
         self, key: K, *, keep_without_callers: bool = False, requirement: Any = None
@@ -76,33 +76,33 @@ class InFlightRequests(Generic[K, T]):
         `keep_without_callers`: it is not dropped when no caller waits. `requirement` applies only to
         one that starts now. After `aclose` the future is cancelled, and none starts.
         """
-        state = self.get_or_create_state(key)
-        if state.in_flight:
-            state.keep_without_callers |= keep_without_callers
-            return self._in_flight.join_or_start(key, partial(self._run, key, state, requirement))
-        state.begin(keep_without_callers=keep_without_callers, on_unwanted=partial(self._drop, key))
-        request = self._in_flight.join_or_start(key, partial(self._run, key, state, requirement))
+        query = self.get_or_create_query(key)
+        if query.in_flight:
+            query.keep_without_callers |= keep_without_callers
+            return self._in_flight.join_or_start(key, partial(self._run, key, query, requirement))
+        query.begin(keep_without_callers=keep_without_callers, on_unwanted=partial(self._drop, key))
+        request = self._in_flight.join_or_start(key, partial(self._run, key, query, requirement))
         if request.done():  # closed, or it ended in this iteration of the event loop
-            self._end(key, state)
+            self._end(key, query)
         return request
 
     async def aclose(self) -> None:
         """Cancel every in-flight request, and start no more."""
         await self._in_flight.aclose()
 
-    async def _run(self, key: K, state: AwaitedQuery, requirement: Any) -> T:
+    async def _run(self, key: K, query: AwaitedQuery, requirement: Any) -> T:
         try:
-            return await self._fetch(key, state, requirement)
+            return await self._fetch(key, query, requirement)
         finally:
-            self._end(key, state)
+            self._end(key, query)
 
-    def _drop(self, key: K, state: AwaitedQuery) -> None:
-        state.dropped = True
-        self._end(key, state)
+    def _drop(self, key: K, query: AwaitedQuery) -> None:
+        query.dropped = True
+        self._end(key, query)
         self._in_flight.drop(key)
 
-    def _end(self, key: K, state: AwaitedQuery) -> None:
-        state.in_flight = False
+    def _end(self, key: K, query: AwaitedQuery) -> None:
+        query.in_flight = False
         # After a drop the key may have a new awaited query, which belongs to another in-flight request.
-        if not state.clients and self._states.get(key) is state:
-            del self._states[key]
+        if not query.clients and self._queries.get(key) is query:
+            del self._queries[key]

@@ -28,19 +28,19 @@ _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 class OverdueDetector:
     """Detects overdue updates, and knows the reason: why a stale snapshot is not replaced.
 
-    `query_state_of` returns the state of the query in flight for a task, or None. `clock` is the clock of
+    `in_flight_query_of` returns the query in flight for a task, or None. `clock` is the clock of
     `Snapshot.fetched_at` and of `AwaitedQuery.in_flight_since`.
     """
 
     def __init__(
         self,
         store: Store,
-        query_state_of: Callable[[TaskKey], AwaitedQuery | None],
+        in_flight_query_of: Callable[[TaskKey], AwaitedQuery | None],
         *,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
-        self._query_state_of = query_state_of
+        self._in_flight_query_of = in_flight_query_of
         self._clock = clock
         self._average_latency = 0.0
         self._latest_latency = 0.0
@@ -77,20 +77,20 @@ class OverdueDetector:
 
     def seconds_until_check(self, key: TaskKey) -> float:
         """Return in how many seconds to call `error` again, if it has just returned None."""
-        state = self._query_state_of(key)
-        elapsed = 0.0 if state is None else max(self._clock() - state.in_flight_since, 0.0)
+        query = self._in_flight_query_of(key)
+        elapsed = 0.0 if query is None else max(self._clock() - query.in_flight_since, 0.0)
         left = self.overdue_after_seconds - elapsed
         return left if left > 0 else self.overdue_after_seconds
 
-    def error_of_slow_query(self, state: AwaitedQuery) -> GatewayError:
+    def error_of_slow_query(self, query: AwaitedQuery) -> GatewayError:
         """Return the error for a query in flight that takes too long."""
-        return state.failure or state.make_deadline_error()
+        return query.failure or query.make_deadline_error()
 
     def _is_stale(self, snapshot: Snapshot) -> bool:
         return not snapshot.terminal and not snapshot.fresh(self._clock())
 
     def _failure_of_slow_query(self, key: TaskKey) -> GatewayError | None:
-        state = self._query_state_of(key)
-        if state is None or self._clock() - state.in_flight_since < self.overdue_after_seconds:
+        query = self._in_flight_query_of(key)
+        if query is None or self._clock() - query.in_flight_since < self.overdue_after_seconds:
             return None
-        return self.error_of_slow_query(state)
+        return self.error_of_slow_query(query)

@@ -84,7 +84,7 @@ class ProgressService:
             clock=clock,
         )
         self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
-        self.overdue_detector = OverdueDetector(store, self._in_flight.query_state_of, clock=clock)
+        self.overdue_detector = OverdueDetector(store, self._in_flight.in_flight_query_of, clock=clock)
         self._serve_stale_rules = ServeStaleRules(settings, store, clock=clock)
         self._metrics = LookupMetrics(metrics, settings)
 
@@ -158,7 +158,7 @@ class ProgressService:
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
-    def failure_of_refused_lookup(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
+    def count_refused_lookup(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
         """Count a lookup that is refused; return the cached failure of the task, or else `failure`."""
         self._metrics.count(key.operation, CacheStatus.NEGATIVE)
         return LookupFailure(key, self._store.cached_failure(key) or failure, CacheStatus.NEGATIVE)
@@ -234,10 +234,10 @@ class ProgressService:
             self._metrics.observe_age[operation](age)
 
     async def _fetch(
-        self, key: TaskKey, state: AwaitedQuery, requirement: Requirement | None
+        self, key: TaskKey, query: AwaitedQuery, requirement: Requirement | None
     ) -> FetchOutcome:
-        state.in_flight_since = self._clock()
-        fetch_outcome = await self._fetcher.fetch(key, state, requirement)
+        query.in_flight_since = self._clock()
+        fetch_outcome = await self._fetcher.fetch(key, query, requirement)
         if isinstance(fetch_outcome.snapshot_or_error, GatewayError):
             self.overdue_detector.record_failure(key, fetch_outcome.snapshot_or_error)
         return fetch_outcome
@@ -320,25 +320,25 @@ class ProgressService:
 
         Without `until_done`, return an error as soon as the query counts as queued or takes too long.
         """
-        state = self._in_flight.get_or_create_state(key)
+        query = self._in_flight.get_or_create_query(key)
         # A new in-flight request must satisfy all callers that wait, not only the one that starts it.
-        state.seen_revision = max(state.seen_revision, requirement.seen_revision)
-        requirement = requirement._replace(seen_revision=state.seen_revision)
+        query.seen_revision = max(query.seen_revision, requirement.seen_revision)
+        requirement = requirement._replace(seen_revision=query.seen_revision)
         in_flight = self._in_flight.join_or_start(key, requirement=requirement)
         if until_done:
             return await asyncio.shield(in_flight)
         if in_flight.done():  # it ended in this iteration of the event loop
             return in_flight.result()
-        queued_error = queued_error_future(state)
+        queued_error = queued_error_future(query)
         elapsed = max(
-            self._clock() - state.in_flight_since, 0.0
+            self._clock() - query.in_flight_since, 0.0
         )  # `in_flight_since` is infinite before it begins
         timeout = max(self.overdue_detector.overdue_after_seconds - elapsed, 0.0)
         await asyncio.wait((in_flight, queued_error), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if in_flight.done():
             return in_flight.result()
-        state.keep_without_callers = True  # the query continues
-        slow_error = self.overdue_detector.error_of_slow_query(state)
+        query.keep_without_callers = True  # the query continues
+        slow_error = self.overdue_detector.error_of_slow_query(query)
         return FetchOutcome(queued_error.result() if queued_error.done() else slow_error)
 
     def _stale_if_error(self, failure: LookupFailure, seen_revision: int) -> LookupSuccess | LookupFailure:

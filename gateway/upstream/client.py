@@ -291,7 +291,7 @@ class UpstreamClient:
                 state.seconds_before_call = began - query.began
                 with self._hedging.sending(query):
                     response = await self._signed_calls.send(
-                        query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
+                        query.key, pair, number=next(query.call_numbers), on_upstream_done=slot.on_call_end
                     )
         except BaseException as exc:
             if isinstance(exc, asyncio.CancelledError) and state.runs_to_end:  # the call is on the wire

@@ -71,7 +71,7 @@ class DirectTransport:
         *,
         timeout_seconds: float,
         new_connection: bool = False,
-        on_complete: Callable[[], None] = lambda: None,
+        on_upstream_done: Callable[[], None] = lambda: None,
     ) -> HttpResponse:
         """See `Transport.send`."""
         request = _encode_request(target, headers, body)
@@ -87,9 +87,9 @@ class DirectTransport:
                     raise TimeoutError("no connection to the upstream in time") from None
             except BaseException:
                 self.in_flight -= 1
-                on_complete()
+                on_upstream_done()
                 raise
-        connection.on_complete = on_complete
+        connection.on_upstream_done = on_upstream_done
         connection.max_age_seconds = 0.0 if new_connection else self._max_age_seconds
         self._busy.add(connection)
         try:
@@ -145,7 +145,7 @@ class DirectTransport:
             connection.close()
         else:
             self._held[id(connection)] = connection
-        connection.on_complete()
+        connection.on_upstream_done()
 
     def _close_expired(self, now: float) -> None:
         """Close connections that were idle for too long, and remove those that were lost."""

@@ -24,13 +24,13 @@ class HttpConnection(asyncio.Protocol):
 
     `idle_since` is the loop's time at which the last response was complete, or None while the connection is
     not reusable: after a cancelled call, it is not. `on_call_end` is called at the end of each call, even if
-    the call was cancelled. `on_complete` is the callback of the present call (see `Transport.send`), which
-    the transport calls.
+    the call was cancelled. `on_upstream_done` is the callback of the present call (see `Transport.send`). The
+    transport calls it.
     """
 
     def __init__(self, max_body_bytes: int, on_call_end: Callable[[HttpConnection], None]) -> None:
         self.idle_since: float | None = None
-        self.on_complete: Callable[[], None] = lambda: None
+        self.on_upstream_done: Callable[[], None] = lambda: None
         self.max_age_seconds = 0.0
         self._max_body_bytes = max_body_bytes
         self._on_call_end = on_call_end

@@ -75,7 +75,7 @@ class ProxyTransport:
         *,
         timeout_seconds: float,
         new_connection: bool = False,
-        on_complete: Callable[[], None] = lambda: None,
+        on_upstream_done: Callable[[], None] = lambda: None,
     ) -> HttpResponse:
         """See `Transport.send`."""
         if any("\r" in value or "\n" in value for value in headers.values()):
@@ -83,7 +83,7 @@ class ProxyTransport:
         request = httpx.Request("POST", self._origin.join(target), headers=dict(headers), content=body)
         self.in_flight += 1
         call = self._start(self._call(request, timeout_seconds, new_connection=new_connection))
-        call.add_done_callback(partial(self._on_call_end, on_complete))
+        call.add_done_callback(partial(self._on_call_end, on_upstream_done))
         try:
             return await asyncio.shield(call)
         except asyncio.CancelledError:
@@ -181,11 +181,11 @@ class ProxyTransport:
         if self._idle:
             self._schedule_sweep()
 
-    def _on_call_end(self, on_complete: Callable[[], None], call: asyncio.Task[HttpResponse]) -> None:
+    def _on_call_end(self, on_upstream_done: Callable[[], None], call: asyncio.Task[HttpResponse]) -> None:
         self.in_flight -= 1
         if not call.cancelled():
             call.exception()  # asyncio logs an error if the caller was cancelled
-        on_complete()
+        on_upstream_done()
 
     def _start(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

@@ -38,7 +38,7 @@ _TIMEOUT_TOLERANCE_SECONDS = 0.1
 # upstream that counts calls per second would refuse a part of a burst. With a smaller one, queries would be
 # queued even if a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
-_REPORT_INTERVAL_SECONDS = 0.2  # a report reads the whole queue: 14 ms for 5,000 queries
+_NOTICE_INTERVAL_SECONDS = 0.2  # the notices need the whole queue: 14 ms for 5,000 queries
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 # Resolution of the event loop's timers, and smallest `retry_after` of an error.
 _TIMER_RESOLUTION_SECONDS = 0.001
@@ -106,7 +106,7 @@ class RateLimiter:
     ) -> None:
         self._limit = AdaptiveRateLimit(requests_per_second or math.inf)
         self._clock = clock
-        self._next_report_at = 0.0  # replies about shared permits before this time report no expected waits
+        self._next_notice_at = 0.0  # when a reply about shared permits may again cause expected-wait notices
         self._call_later = call_later
         self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
@@ -160,7 +160,7 @@ class RateLimiter:
                 - while the query is queued, each time the limit falls or a pause begins
                 - while the query is queued, after a reply about shared permits, at most every 0.2 s
             awaited_query: Has the clients that wait for the response. None: the gateway itself needs it.
-                Each client has a queue of first queries. A first query enters the queue of one of them.
+                Each client has its own queue of first queries. A query enters the queue of a waiting client.
 
         Raises:
             RateLimited: The expected wait exceeds the timeout. A query that is already queued may
@@ -275,9 +275,9 @@ class RateLimiter:
 
     def _on_shared_reply(self) -> None:
         self._serve_queue()
-        if self._queue and self._clock() >= self._next_report_at:  # other replicas may lengthen the wait
-            self._next_report_at = self._clock() + _REPORT_INTERVAL_SECONDS
-            self._refuse_or_report_waits(self._clock())
+        if self._queue and self._clock() >= self._next_notice_at:  # other replicas may lengthen the wait
+            self._next_notice_at = self._clock() + _NOTICE_INTERVAL_SECONDS
+            self._refuse_or_notify(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
         # A learned limit that is no longer needed is removed first. Otherwise `on_throttled` would lower this
@@ -292,10 +292,10 @@ class RateLimiter:
         for permit in self._permits:
             permit.revoked = True
         self._tokens = min(self._tokens, 1.0)
-        self._refuse_or_report_waits(now)
+        self._refuse_or_notify(now)
         self._serve_queue()
 
-    def _refuse_or_report_waits(self, now: float) -> None:
+    def _refuse_or_notify(self, now: float) -> None:
         """Refuse the queries that would be served after their timeout; report the wait of the others."""
         ahead = 0
         for query in list(self._queue):

@@ -158,7 +158,7 @@ class SignedCalls:
         return f"{code}: {self._last_cause}" if self._last_cause and code == self.last_error_code else code
 
     async def send(
-        self, key: TaskKey, pair: KeyPair, *, number: int, on_complete: Callable[[], None] = lambda: None
+        self, key: TaskKey, pair: KeyPair, *, number: int, on_upstream_done: Callable[[], None] = lambda: None
     ) -> ParsedResponse:
         """Make one call within `upstream.attempt_timeout_seconds`, and return its parsed response.
 
@@ -166,32 +166,27 @@ class SignedCalls:
             key: The task to query.
             pair: The key pair to sign with.
             number: The number of this call within its query, from 0; for tracing.
-            on_complete: See `send_probe`.
+            on_upstream_done: See `Transport.send`.
 
         Raises:
             UpstreamError: The call failed, or its response is not a successful envelope.
         """
         with self._tracing.call_span(key, number=number) as span:
-            parsed = await self._send(key, pair, span, on_complete)
+            parsed = await self._send(key, pair, span, on_upstream_done)
             if span.context is not None:
                 span.invoke_id = _redacted(parsed.invoke_id, self._redactor)
             return parsed
 
-    async def send_probe(
-        self, key: TaskKey, pair: KeyPair, *, on_complete: Callable[[], None] = lambda: None
-    ) -> UnparsedResponse:
+    async def send_for_check(self, key: TaskKey, pair: KeyPair) -> UnparsedResponse:
         """Make one call on a new connection, and return its response as received.
 
-        It ends within `upstream.attempt_timeout_seconds`. `on_complete` is called when the upstream no longer
-        works on the call: when the response has arrived or the call has failed, even if this method was
-        cancelled before. It is not called if the request cannot be encoded. Raises: UpstreamError if there is
-        no response.
+        It ends within `upstream.attempt_timeout_seconds`. Raises: UpstreamError if there is no response.
         """
-        headers, response = await self._exchange(key, pair, on_complete, new_connection=True)
+        headers, response = await self._exchange(key, pair, lambda: None, new_connection=True)
         return self._decode(headers, response)
 
     async def _exchange(
-        self, key: TaskKey, pair: KeyPair, on_complete: Callable[[], None], *, new_connection: bool
+        self, key: TaskKey, pair: KeyPair, on_upstream_done: Callable[[], None], *, new_connection: bool
     ) -> tuple[Mapping[str, str], HttpResponse]:
         """Sign and send a request; return its signed headers and the response."""
         body = msgspec.json.encode({"taskId": key.task_id})
@@ -211,7 +206,7 @@ class SignedCalls:
                 body,
                 timeout_seconds=self._settings.attempt_timeout_seconds,
                 new_connection=new_connection,
-                on_complete=on_complete,
+                on_upstream_done=on_upstream_done,
             )
         except TimeoutError as exc:
             message = str(exc) or "the upstream did not answer in time"
@@ -240,7 +235,7 @@ class SignedCalls:
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
             body, redact = response.body, self._redactor
-            # Search a small body quickly here, and below exactly if needed. `_send` searches a large one.
+            # Search a small body: quickly, then exactly if needed. `_send` searches a large body.
             may_leak = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
                 body, response.request_headers["x-ca-signature"]
             )
@@ -272,11 +267,11 @@ class SignedCalls:
         )
 
     async def _send(
-        self, key: TaskKey, pair: KeyPair, span: SpanRecord, on_complete: Callable[[], None]
+        self, key: TaskKey, pair: KeyPair, span: SpanRecord, on_upstream_done: Callable[[], None]
     ) -> ParsedResponse:
         operation = key.operation
-        # Until the code below sets another outcome, this call counts as cancelled by the query's deadline. It
-        # then has no cause of its own, and keeps that of the call before if that timed out.
+        # Unless another outcome is set below, the call was cancelled by the query's deadline. It then has no
+        # cause of its own. If the previous call timed out, its cause stays the last cause.
         outcome = UpstreamTimeout.code
         cause = self._last_cause if self.last_error_code == outcome else ""
         started = time.perf_counter()
@@ -284,7 +279,7 @@ class SignedCalls:
         reuse_connection = False
         try:
             headers, received = await self._exchange(
-                key, pair, on_complete, new_connection=self._connection_reuse.needs_new_connection(key)
+                key, pair, on_upstream_done, new_connection=self._connection_reuse.needs_new_connection(key)
             )
             response = self._decode(headers, received)
             span.status = response.status
@@ -295,7 +290,8 @@ class SignedCalls:
                 self._correct_clock(skew)
                 raise
             except UpstreamRejected as exc:
-                # If the body is too large to search in one step, `exc.envelope` has only the known fields.
+                # The error has only some fields of a body that is too large to search in one step. Search such
+                # a body in several steps, and put it into the error if it has no secrets.
                 if exc.envelope != response.body and await is_free_of_secrets(
                     response.body, self.redactor_of(response)
                 ):

@@ -83,7 +83,7 @@ class Transport(Protocol):
         *,
         timeout_seconds: float,
         new_connection: bool = False,
-        on_complete: Callable[[], None] = lambda: None,
+        on_upstream_done: Callable[[], None] = lambda: None,
     ) -> HttpResponse:
         """Send a POST request, and return the response when it is complete.
 
@@ -98,9 +98,9 @@ class Transport(Protocol):
             body: The body of the request.
             timeout_seconds: Limit for the whole call, with connecting.
             new_connection: Open a new connection, and close it after the call.
-            on_complete: Called once, when the upstream does not work on the call any more: the response has
-                arrived, or the call has failed. If this method is cancelled, it is called later. It is not
-                called if the request cannot be encoded.
+            on_upstream_done: Called once, when the upstream does not work on the call any more: the response
+                has arrived, or the call has failed. If this method is cancelled, it is called later. It is
+                not called if the request cannot be encoded.
 
         Raises:
             httpx.TransportError: There is no valid response.

@@ -70,7 +70,7 @@ class WatchHub:
         self._service = service
         self.unanswered_tasks = UnansweredTasks()
         self._last_known = store.last_known
-        self._wake_ups = PacedCallbacks(per_iteration=_WAKE_UPS_PER_ITERATION)
+        self._paced_wake_ups = PacedCallbacks(per_iteration=_WAKE_UPS_PER_ITERATION)
         self._watched: dict[TaskKey, WatchedTask] = {}
         self._subscribers: set[Subscriber] = set()
         self._overdue_keys: set[TaskKey] = set()
@@ -79,7 +79,7 @@ class WatchHub:
             publish_unpublished=self._publish_unpublished,
             publish=self._publish,
             set_overdue_error=self._set_overdue_error,
-            report_overdue=self._report_overdue,
+            report_overdue=self._notify_overdue,
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )
@@ -133,7 +133,7 @@ class WatchHub:
         subscriber = Subscriber(
             keys,
             client,
-            wake_ups=self._wake_ups,
+            wake_ups=self._paced_wake_ups,
             seen_revisions=seen_revisions,
             load_body=self._publish_and_load_body,
             refetch=self._refetch,
@@ -199,8 +199,9 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # `servable_result` has its body, even a large one, so send it if it has the published content. It
-            # has another content if the store has lost the snapshot of an ended task, and has another one.
+            # The subscriber must receive the published content. The snapshot of `servable_result` still has a
+            # large body, so prefer it. Its content differs only for an ended task: the store has lost the
+            # published snapshot, and received another one since.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])
@@ -304,7 +305,7 @@ class WatchHub:
             self._overdue_keys.add(watched.key)
         self._put_overdue_notice(watched, watched.subscribers - watched.subscribers_awaiting_refresh)
 
-    def _report_overdue(self, watched: WatchedTask, failure: GatewayError) -> None:
+    def _notify_overdue(self, watched: WatchedTask, failure: GatewayError) -> None:
         """Record that a refresh takes too long. Subscribers that await it may receive the stale snapshot."""
         published = watched.published_update
         if published is None or watched.subscribers_awaiting_refresh:

@@ -89,7 +89,7 @@ class Schedules:
         self._publish_unpublished = publish_unpublished
         self._publish = publish
         self._set_overdue_error = set_overdue_error
-        self._report_overdue = report_overdue
+        self._notify_overdue = report_overdue
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
@@ -302,7 +302,7 @@ class Schedules:
             self._schedule_check(watched, max(delay, _TIMER_RESOLUTION_SECONDS))
         else:
             self._schedule_check(watched, detector.overdue_after_seconds)
-            self._report_overdue(watched, reason)
+            self._notify_overdue(watched, reason)
 
     def _seconds_until_not_found(self, watched: WatchedTask) -> float:
         """Return the seconds until the task counts as not found if it is rejected again, at least 1."""

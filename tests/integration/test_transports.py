@@ -355,7 +355,7 @@ def test_transport_timeout_after_the_response_has_no_effect() -> None:
         async with transport(url) as over:
             await ask(over)
             [connection] = idle(over)
-            await ask(over, on_complete=connection.time_out)
+            await ask(over, on_upstream_done=connection.time_out)
             await asyncio.sleep(0)
             await ask(over)
             assert idle(over) == [connection], "it was not aborted"
@@ -422,7 +422,7 @@ def test_transport_cancelled_call_completes_with_the_response(through: str | Non
         async with any_transport(upstream.url, through) as over:
             ended = asyncio.Event()
             seconds = PATIENCE_SECONDS if end == "answer" else 0.5
-            call = asyncio.create_task(ask(over, seconds=seconds, on_complete=ended.set))
+            call = asyncio.create_task(ask(over, seconds=seconds, on_upstream_done=ended.set))
             while not upstream.requests:  # noqa: ASYNC110  # another thread reads it
                 await asyncio.sleep(0.001)
             call.cancel()
@@ -583,7 +583,7 @@ def test_transport_cancelled_as_the_response_arrives(through: str | None) -> Non
     async def run(url: str) -> None:
         async with any_transport(url, through) as over:
             # The response has arrived by then, but it has not been returned yet.
-            call = asyncio.create_task(ask(over, on_complete=lambda: call.cancel()))  # noqa: PLW0108  # `call` is not set yet
+            call = asyncio.create_task(ask(over, on_upstream_done=lambda: call.cancel()))  # noqa: PLW0108  # `call` is not set yet
             await asyncio.wait([call])
             assert call.cancelled()
             await eventually(closed.is_set, "its connection is closed")

@@ -126,7 +126,7 @@ async def _check_upstream(settings: Settings, source_of: _SourceOf, *, redactor:
             lines.append(_describe_sources(settings.credentials, credential.slot, source_of))
             started = time.perf_counter()
             try:
-                exchange = await calls.send_probe(key, credential.pair)
+                exchange = await calls.send_for_check(key, credential.pair)
             except UpstreamTimeout as exc:
                 network = f"{exc}; check upstream.endpoint and any firewall"
                 return _Finding(ok=False, lines=[*lines, f"network: {network}"])

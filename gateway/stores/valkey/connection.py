@@ -23,7 +23,7 @@ from gateway.settings.store_section import Store
 from gateway.stores.valkey.batches import Batches, Command
 from gateway.stores.valkey.diagnosis import explain
 from gateway.stores.valkey.failure_reasons import ERRORS, reason_of
-from gateway.stores.valkey.metric_labels import OperationLabel
+from gateway.stores.valkey.metric_labels import StoreOperationLabel
 from gateway.stores.valkey.scripts import PROBE, Script
 from gateway.stores.valkey.server_check import verify
 from gateway.stores.valkey.servers import StoreServers, connect
@@ -126,12 +126,12 @@ class StoreConnection:
     async def publish(self, message: str) -> None:
         """Publish a message. Raises: StoreUnavailable."""
         servers = self._require_usable()
-        await self._send(servers, OperationLabel.PUBLISH, Command(("PUBLISH", servers.channel, message)))
+        await self._send(servers, StoreOperationLabel.PUBLISH, Command(("PUBLISH", servers.channel, message)))
 
     async def delete(self, name: str) -> None:
         """Delete a key. Raises: StoreUnavailable."""
         servers = self._require_usable()
-        await self._send(servers, OperationLabel.DELETE, Command(("DEL", servers.key(name))))
+        await self._send(servers, StoreOperationLabel.DELETE, Command(("DEL", servers.key(name))))
 
     async def keep_open(self, listener: ConnectionListener) -> None:
         """Keep the connection open until cancelled."""
@@ -193,7 +193,7 @@ class StoreConnection:
                 {probing, subscription.lost, failed}, return_when=asyncio.FIRST_COMPLETED
             )
             if subscription.lost in done:
-                self._metrics.store_errors.labels(OperationLabel.SUBSCRIBE).inc()
+                self._metrics.store_errors.labels(StoreOperationLabel.SUBSCRIBE).inc()
             reason = next(iter(done)).result()
             self._go_down(reason)  # now, because closing the connection may take seconds
             return reason
@@ -233,7 +233,7 @@ class StoreConnection:
             raise StoreUnavailable("invalid reply of a script")
         return reply
 
-    async def _send(self, servers: StoreServers, label: OperationLabel, command: Command) -> Any:
+    async def _send(self, servers: StoreServers, label: StoreOperationLabel, command: Command) -> Any:
         assert self._batches is not None  # noqa: S101  # it exists for as long as `servers`
         started = time.monotonic()
         try:

@@ -167,7 +167,7 @@ class MessageHandler:
             return
         try:
             reply = await self._snapshots.write("restore", snapshot, known_version=snapshot.version)
-            self._snapshots.put_reply(key, reply)
+            self._snapshots.merge_reply(key, reply)
             entry = self._memory.entry(key)
             if reply.kind == b"refused" and entry is not None and entry.snapshot is snapshot:
                 # The queries have overlapped, and the other replicas serve the stored snapshot.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 
-class OperationLabel(StrEnum):
+class StoreOperationLabel(StrEnum):
     """An operation whose duration and errors are counted; `READ` and `SUBSCRIBE` only have errors."""
 
     ACQUIRE = "take_off"

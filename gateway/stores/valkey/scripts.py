@@ -10,28 +10,28 @@ import hashlib
 from importlib.resources import files
 from typing import NamedTuple
 
-from gateway.stores.valkey.metric_labels import OperationLabel
+from gateway.stores.valkey.metric_labels import StoreOperationLabel
 
 
 class Script(NamedTuple):
     """A script, the digest that identifies it on the server, and the label of its metrics."""
 
-    label: OperationLabel
+    label: StoreOperationLabel
     text: str
     sha: str
 
 
-def _load(file: str, label: OperationLabel) -> Script:
+def _load(file: str, label: StoreOperationLabel) -> Script:
     folder = files(__package__)
     text = "\n".join(folder.joinpath(part).read_text(encoding="utf-8") for part in ("common.lua", file))
     # The server identifies scripts by SHA-1; nothing depends on its strength.
     return Script(label, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-ACQUIRE = _load("acquire.lua", OperationLabel.ACQUIRE)
-COMMIT = _load("commit.lua", OperationLabel.COMMIT)
-END_LEASE = _load("end_lease.lua", OperationLabel.END_LEASE)
-RENEW_LEASE = _load("renew_lease.lua", OperationLabel.RENEW_LEASE)
-TAKE_PERMITS = _load("take_permits.lua", OperationLabel.TAKE_PERMITS)
-PROBE = _load("probe.lua", OperationLabel.PROBE)
-CHECK = _load("check.lua", OperationLabel.PROBE)
+ACQUIRE = _load("acquire.lua", StoreOperationLabel.ACQUIRE)
+COMMIT = _load("commit.lua", StoreOperationLabel.COMMIT)
+END_LEASE = _load("end_lease.lua", StoreOperationLabel.END_LEASE)
+RENEW_LEASE = _load("renew_lease.lua", StoreOperationLabel.RENEW_LEASE)
+TAKE_PERMITS = _load("take_permits.lua", StoreOperationLabel.TAKE_PERMITS)
+PROBE = _load("probe.lua", StoreOperationLabel.PROBE)
+CHECK = _load("check.lua", StoreOperationLabel.PROBE)

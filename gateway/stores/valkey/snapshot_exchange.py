@@ -16,7 +16,7 @@ from gateway.stores.base import CacheEntry
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, StoredMetadata, decode_snapshot
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
-from gateway.stores.valkey.metric_labels import OperationLabel
+from gateway.stores.valkey.metric_labels import StoreOperationLabel
 from gateway.stores.valkey.operations import Reply, StoreOperations
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
@@ -57,7 +57,7 @@ class SnapshotExchange:
         """Read the snapshot of a task into memory. Raises: StoreUnavailable, InvalidStoredValue."""
         entry = self._memory.entry(key)
         known_version = 0 if entry is None else entry.snapshot.version
-        self.put_reply(key, await self._operations.read(key, known_version=known_version))
+        self.merge_reply(key, await self._operations.read(key, known_version=known_version))
 
     async def write(self, lease_token: str, snapshot: Snapshot, *, known_version: int) -> Reply:
         """Run `commit.lua`; it announces the snapshot. Raises: StoreUnavailable, InvalidStoredValue.
@@ -81,7 +81,7 @@ class SnapshotExchange:
         """Tell whether this replica writes the snapshot now. Its message may arrive before the reply."""
         return (key, version) in self._being_written
 
-    def put_reply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
+    def merge_reply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
         """Store the snapshot of a reply in memory if it `supersedes` the present one.
 
         If the reply's snapshot is not terminal, and it is unknown which of the two is newer, keep the present
@@ -95,7 +95,7 @@ class SnapshotExchange:
             # queried again.
             entry.outdated = entry.required_version > entry.snapshot.version
             return entry.snapshot
-        if not reply.value:  # the server has none, or the caller knows it
+        if not reply.value:  # the server has no snapshot, or the one that was in memory when it was asked
             return None if entry is None else entry.snapshot
         snapshot = decode_snapshot(
             reply.value,
@@ -126,7 +126,7 @@ class SnapshotExchange:
 
     async def delete_invalid(self, key: TaskKey, reason: InvalidStoredValue) -> None:
         """Log that a value is invalid, and delete everything that the server has about its task."""
-        self._metrics.store_errors.labels(OperationLabel.READ).inc()
+        self._metrics.store_errors.labels(StoreOperationLabel.READ).inc()
         if (suppressed := self._log_sampler.take("read")) is not None:
             log.warning("invalid_stored_value", reason=str(reason), suppressed=suppressed)
         with suppress(StoreUnavailable):

@@ -195,7 +195,7 @@ class ValkeyStore(MemoryStore):
                 reply = await self._shared_snapshots.write(lease.token, snapshot, known_version=known_version)
                 if reply.kind == b"stored":
                     return self._put_fetched(lease, snapshot)
-                self._shared_snapshots.put_reply(lease.key, reply)
+                self._shared_snapshots.merge_reply(lease.key, reply)
             except StoreUnavailable:
                 if lease.token and self._connection.up:
                     self._leases.end_in_background(lease)
@@ -274,7 +274,7 @@ class ValkeyStore(MemoryStore):
             next_version=max(local.version, min_version),
             error_seconds=self._error_seconds,
         )
-        snapshot = self._shared_snapshots.put_reply(key, reply)
+        snapshot = self._shared_snapshots.merge_reply(key, reply)
         match reply.kind:
             case b"fresh" if snapshot is not None:
                 entry = self.entry(key)

@@ -819,9 +819,9 @@ async def test_get_returns_a_failure_without_a_snapshot(bench: Bench, failure: G
 async def test_refusal_prefers_the_cached_failure(bench: Bench, failure: GatewayError) -> None:
     """A caller that must not wait receives the task's own failure while it is cached, and else the reason."""
     reason = Overloaded("too many")
-    assert bench.service.failure_of_refused_lookup(KEY, reason).failure is reason
+    assert bench.service.count_refused_lookup(KEY, reason).failure is reason
     await bench.fail(failure)
-    assert bench.service.failure_of_refused_lookup(KEY, reason).failure == Alike(failure)
+    assert bench.service.count_refused_lookup(KEY, reason).failure == Alike(failure)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"negative": 2, "miss": 1}
 
@@ -1443,7 +1443,7 @@ async def test_get_needs_a_newer_response_than_other_clients(bench: Bench) -> No
     """The snapshot is what one client has seen, but perhaps older than what another one has seen."""
     known = (await bench.learn(progress=0.6)).snapshot
     bench.service.add_caller(KEY, b"client")
-    bench.service._in_flight.get_or_create_state(KEY).seen_revision = known.revision  # of the first client
+    bench.service._in_flight.get_or_create_query(KEY).seen_revision = known.revision  # of the first client
     assert known.version < known.revision
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)

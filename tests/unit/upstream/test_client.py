@@ -47,7 +47,7 @@ class FakeCalls:
         self.in_flight = 0
 
     async def send(
-        self, key: TaskKey, _pair: KeyPair, *, number: int, on_complete: Callable[[], None]
+        self, key: TaskKey, _pair: KeyPair, *, number: int, on_upstream_done: Callable[[], None]
     ) -> ParsedResponse:
         """Make a call."""
         assert number <= len(self.made)
@@ -56,7 +56,7 @@ class FakeCalls:
 
         def end() -> None:
             self.in_flight -= 1
-            on_complete()
+            on_upstream_done()
 
         asyncio.get_running_loop().call_later(self.seconds, end)
         await asyncio.sleep(self.seconds)
@@ -249,7 +249,7 @@ def test_repeat_on_a_new_connection_leaves_all_retries(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("cause", ["", "retry", "hedged call"])
-def test_query_state_says_whether_a_call_was_repeated(cause: str) -> None:
+def test_awaited_query_says_whether_a_call_was_repeated(cause: str) -> None:
     """After a retry, after a hedged call, and if the hedged call of another query was answered first."""
     bench = Bench(max_in_flight=3)
     states = [AwaitedQuery(keep_without_callers=True) for _ in range(2)]
@@ -265,7 +265,7 @@ def test_query_state_says_whether_a_call_was_repeated(cause: str) -> None:
     bench.loop.close()
 
 
-def test_query_state_says_how_long_a_query_was_queued() -> None:
+def test_awaited_query_says_how_long_a_query_was_queued() -> None:
     """The second query waits until the first one has released the only slot."""
     bench = Bench(max_in_flight=1)
     states = [AwaitedQuery(keep_without_callers=True) for _ in range(2)]
