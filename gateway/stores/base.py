@@ -35,7 +35,7 @@ class CacheEntry:
         fetched_here: Whether this replica has fetched it from the upstream.
         failure: The failure of the latest query that should have replaced the stale snapshot, if any.
         required_version: The version that a newer snapshot must have at least: the newest that another
-            replica has announced, or one after overlapping queries (`require_new_query`). 0 if there is none.
+            replica has announced, or one after overlapping queries (`mark_outdated`). 0 if there is none.
     """
 
     snapshot: Snapshot

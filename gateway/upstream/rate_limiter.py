@@ -240,7 +240,7 @@ class RateLimiter:
             self._timer = None
         wait = self._seconds_until_token(0)
         if self._shared is not None:
-            # Other replicas lose the permits that are taken here: request what each queue can use now.
+            # Permits that are taken here are lost for other replicas, so request only what can be used now.
             usable = math.floor(self._tokens + _ROUNDING) if wait == 0 else 0
             refreshes = min(self._queue.count(is_refresh=True), usable)
             first_queries = min(self._queue.count(is_refresh=False), usable)

@@ -290,8 +290,8 @@ class SignedCalls:
                 self._correct_clock(skew)
                 raise
             except UpstreamRejected as exc:
-                # The error has only some fields of a body that is too large to search in one step. Search such
-                # a body in several steps, and put it into the error if it has no secrets.
+                # The error has only some fields of a body that is too large to search in one step. So
+                # search the body in several steps; if it has no secrets, put it into the error.
                 if exc.envelope != response.body and await is_free_of_secrets(
                     response.body, self.redactor_of(response)
                 ):

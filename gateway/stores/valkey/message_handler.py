@@ -30,8 +30,8 @@ from gateway.stores.valkey.messages import (
 )
 from gateway.stores.valkey.snapshot_exchange import (
     SnapshotExchange,
+    mark_outdated,
     queries_may_overlap,
-    require_new_query,
     supersedes,
 )
 
@@ -138,7 +138,7 @@ class MessageHandler:
             self._snapshots.put_with_same_body(snapshot, metadata)
             return
         if not metadata.terminal and queries_may_overlap(snapshot, metadata.version, revision):
-            require_new_query(entry)
+            mark_outdated(entry)
             return
         if key in self._waiters or not (entry.reads or watched):
             # An in-flight request that waits for the lease reads the new snapshot; it must not find this one.
@@ -171,7 +171,7 @@ class MessageHandler:
             entry = self._memory.entry(key)
             if reply.kind == b"refused" and entry is not None and entry.snapshot is snapshot:
                 # The queries have overlapped, and the other replicas serve the stored snapshot.
-                require_new_query(entry)
+                mark_outdated(entry)
         except StoreUnavailable:
             self.restore_later(key)
         except InvalidStoredValue as exc:

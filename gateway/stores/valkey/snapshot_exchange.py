@@ -78,7 +78,7 @@ class SnapshotExchange:
             self._being_written.discard(written)
 
     def is_being_written(self, key: TaskKey, version: int) -> bool:
-        """Tell whether this replica writes the snapshot now. Its message may arrive before the reply."""
+        """Tell whether this replica writes the snapshot now: its announcement may arrive before the reply."""
         return (key, version) in self._being_written
 
     def merge_reply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
@@ -110,7 +110,7 @@ class SnapshotExchange:
             and not snapshot.terminal
             and queries_may_overlap(entry.snapshot, snapshot.version, snapshot.revision)
         ):
-            require_new_query(entry)
+            mark_outdated(entry)
             return entry.snapshot
         return self._memory.put(snapshot, fetched_here=False)
 
@@ -158,7 +158,7 @@ def queries_may_overlap(known: Snapshot, version: int, revision: int) -> bool:
     return revision != known.revision and version <= known.revision
 
 
-def require_new_query(entry: CacheEntry) -> None:
+def mark_outdated(entry: CacheEntry) -> None:
     """Mark an entry as outdated, and accept only snapshots of queries that began after its body had arrived.
 
     The revision of a body is the time at which it arrived. The version of a snapshot is the time at which its

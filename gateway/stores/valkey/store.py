@@ -37,7 +37,7 @@ from gateway.stores.valkey.lease_waiters import LeaseWaiters
 from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
 from gateway.stores.valkey.message_handler import MessageHandler
 from gateway.stores.valkey.operations import StoreOperations
-from gateway.stores.valkey.snapshot_exchange import SnapshotExchange, queries_may_overlap, require_new_query
+from gateway.stores.valkey.snapshot_exchange import SnapshotExchange, mark_outdated, queries_may_overlap
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
@@ -322,7 +322,7 @@ class ValkeyStore(MemoryStore):
             and not snapshot.terminal
             and queries_may_overlap(entry.snapshot, snapshot.version, snapshot.revision)
         ):
-            require_new_query(entry)
+            mark_outdated(entry)
             return None
         kept = self.put(snapshot)
         entry = self.entry(lease.key)

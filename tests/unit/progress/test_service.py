@@ -453,7 +453,7 @@ async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
             None,
         )
         long_ago(bench)
-        assert not bench.service._in_flight._states
+        assert not bench.service._in_flight._queries
 
 
 async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -> None:
@@ -495,7 +495,7 @@ async def test_get_joins_a_request_that_has_just_ended(bench: Bench) -> None:
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert isinstance(result.failure, Overloaded)
     assert bench.upstream.count == 2
-    assert not bench.service._in_flight._states
+    assert not bench.service._in_flight._queries
 
 
 async def test_get_replaces_a_request_that_has_just_ended(bench: Bench) -> None:
@@ -589,7 +589,7 @@ async def test_get_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench
     assert bench.upstream.count == 2
     fourth = bench.begin()
     await asyncio.sleep(0)
-    assert len(bench.service._in_flight._states) == 1
+    assert len(bench.service._in_flight._queries) == 1
     await left(third)
     await left(fourth)
 
@@ -601,7 +601,7 @@ async def test_get_cleans_up_a_request_dropped_before_it_began(bench: Bench) -> 
     bench.service.remove_caller(KEY, b"1")
     await asyncio.wait([waiting])
     assert waiting.cancelled()
-    assert (KEY in bench.service._in_flight, bench.service._in_flight._states) == (False, {})
+    assert (KEY in bench.service._in_flight, bench.service._in_flight._queries) == (False, {})
     assert bench.upstream.count == 0
     await bench.learn()
 
@@ -615,7 +615,7 @@ async def test_get_completes_and_stores_a_query_on_the_wire(bench: Bench) -> Non
     result = await bench.get()
     assert (result.cache_status, bench.upstream.count) == (CacheStatus.COLLAPSED, 1)
     assert (await bench.get()).cache_status is CacheStatus.HIT
-    assert not bench.service._in_flight._states
+    assert not bench.service._in_flight._queries
 
 
 @pytest.mark.parametrize("how", ["stale", "queued", "hot"])
@@ -659,7 +659,7 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
     bench.service.remove_caller(KEY, b"2")
     await asyncio.wait([ticking])
     assert call.outcome.cancelled()
-    assert not bench.service._in_flight._states
+    assert not bench.service._in_flight._queries
 
 
 async def test_get_passes_the_clients_of_a_query(bench: Bench) -> None:
