@@ -41,7 +41,7 @@ from gateway.upstream.client import UpstreamClient
 
 # If the snapshot that an in-flight request returns is older than the one that the client has seen, the caller
 # waits for the next in-flight request. This is the maximum number of in-flight requests that it waits for.
-_MAX_JOINED_IN_FLIGHT_REQUESTS = 3
+_MAX_CONSECUTIVE_WAITS = 3
 _REFRESH_AHEAD_READS = 2  # the second read of a fresh snapshot schedules its refresh ahead of expiry
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
 
@@ -154,7 +154,7 @@ class ProgressService:
         """Do the same as `get`, for a caller to which `lookup` has just returned None."""
         if await self._store.read_arrived_messages() and (result := self.lookup(key, seen_revision)):
             return result
-        outcome = await self._wait(key, client, seen_revision=seen_revision)
+        outcome = await self._get_after_miss(key, client, seen_revision=seen_revision)
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
@@ -182,7 +182,7 @@ class ProgressService:
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.may_follow(seen_revision):
-            return await self._wait(key, None, until_done=True, seen_revision=seen_revision)
+            return await self._get_after_miss(key, None, until_done=True, seen_revision=seen_revision)
         return LookupSuccess(snapshot, age, CacheStatus.HIT)
 
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupSuccess | None:
@@ -258,7 +258,7 @@ class ProgressService:
             requirement = Requirement(newer_than=version)
             self._in_flight.join_or_start(key, keep_without_callers=True, requirement=requirement)
 
-    async def _wait(
+    async def _get_after_miss(
         self, key: TaskKey, client: bytes | None, *, until_done: bool = False, seen_revision: int = 0
     ) -> LookupSuccess | LookupFailure:
         """Wait for the in-flight request, or start one unless a failure is cached.
@@ -278,8 +278,8 @@ class ProgressService:
             # Without a stale snapshot to return, a caller gains nothing if it stops waiting early.
             until_done = until_done or not self._serve_stale_rules.may_replace_failure(known, seen_revision)
             requirement = Requirement(seen_revision=seen_revision)
-            for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
-                fetch_outcome = await self._wait_once(key, requirement, until_done=until_done)
+            for _ in range(_MAX_CONSECUTIVE_WAITS):
+                fetch_outcome = await self._join_query(key, requirement, until_done=until_done)
                 fetched = fetch_outcome.snapshot_or_error
                 if isinstance(fetched, GatewayError) or fetched.may_follow(seen_revision):
                     break
@@ -315,7 +315,7 @@ class ProgressService:
             self._metrics.record_age(result.snapshot, result.age)
         return result
 
-    async def _wait_once(self, key: TaskKey, requirement: Requirement, *, until_done: bool) -> FetchOutcome:
+    async def _join_query(self, key: TaskKey, requirement: Requirement, *, until_done: bool) -> FetchOutcome:
         """Wait for the in-flight request, or start one with this requirement.
 
         Without `until_done`, return an error as soon as the query counts as queued or takes too long.

@@ -38,7 +38,7 @@ _TIMEOUT_TOLERANCE_SECONDS = 0.1
 # upstream that counts calls per second would refuse a part of a burst. With a smaller one, queries would be
 # queued even if a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
-_NOTICE_INTERVAL_SECONDS = 0.2  # the notices need the whole queue: 14 ms for 5,000 queries
+_NOTICE_INTERVAL_SECONDS = 0.2  # between notices of expected waits: 14 ms for 5,000 queries
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 # Resolution of the event loop's timers, and smallest `retry_after` of an error.
 _TIMER_RESOLUTION_SECONDS = 0.001
@@ -160,7 +160,7 @@ class RateLimiter:
                 - while the query is queued, each time the limit falls or a pause begins
                 - while the query is queued, after a reply about shared permits, at most every 0.2 s
             awaited_query: Has the clients that wait for the response. None: the gateway itself needs it.
-                Each client has its own queue of first queries. A query enters the queue of a waiting client.
+                Each client has a queue of first queries. The query enters that of a waiting client.
 
         Raises:
             RateLimited: The expected wait exceeds the timeout. A query that is already queued may

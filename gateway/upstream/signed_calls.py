@@ -235,7 +235,7 @@ class SignedCalls:
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
             body, redact = response.body, self._redactor
-            # Search a small body: quickly, then exactly if needed. `_send` searches a large body.
+            # Search a small body for secrets, quickly here and exactly below. `_send` searches a large body.
             may_leak = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
                 body, response.request_headers["x-ca-signature"]
             )
@@ -271,7 +271,7 @@ class SignedCalls:
     ) -> ParsedResponse:
         operation = key.operation
         # Unless another outcome is set below, the call was cancelled by the query's deadline. It then has no
-        # cause of its own. If the previous call timed out, its cause stays the last cause.
+        # cause of its own. If the previous call timed out, the cause of that call stays the last cause.
         outcome = UpstreamTimeout.code
         cause = self._last_cause if self.last_error_code == outcome else ""
         started = time.perf_counter()

@@ -54,7 +54,8 @@ class WatchHub:
 
     `direct_delivery_hook`, which `api/events.py` replaces, receives each update and its recipients. It
     returns the subscribers that must keep the update as unsent: by default, all. `unanswered_tasks` counts
-    the tasks without a snapshot that are watched or that requests wait for. `clock`: that of `fetched_at`.
+    the tasks without a snapshot: those with subscribers, and those of waiting requests. `clock`: that of
+    `fetched_at`.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class WatchHub:
             service,
             publish_unpublished=self._publish_unpublished,
             publish=self._publish,
-            set_overdue_error=self._set_overdue_error,
-            report_overdue=self._notify_overdue,
+            set_overdue_error=self._mark_overdue,
+            report_overdue=self._on_refresh_overdue,
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )
@@ -180,7 +181,7 @@ class WatchHub:
         result = self._service.peek(key)
         if result is not None:
             watched.published_update = Update(key, result.snapshot).without_large_body()
-            self._set_overdue_error(watched, self._service.overdue_detector.error(key))
+            self._mark_overdue(watched, self._service.overdue_detector.error(key))
         self._schedules.start(watched)
         return watched
 
@@ -199,9 +200,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # The subscriber must receive the published content. The snapshot of `servable_result` still has a
-            # large body, so prefer it. Its content differs only for an ended task: the store has lost the
-            # published snapshot, and received another one since.
+            # The subscriber must receive the published content. A large body is only in
+            # `servable_result`. The contents differ if the store has lost the published snapshot of an ended task since.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])
@@ -267,7 +267,7 @@ class WatchHub:
             return
         snapshot, watched.unpublished_snapshot = watched.unpublished_snapshot, None
         self._publish(Update(key, snapshot))
-        self._set_overdue_error(watched, None)
+        self._mark_overdue(watched, None)
         if watched.backing_off:
             self._schedules.refresh_now(watched)  # the upstream responds again, to this or another replica
 
@@ -294,7 +294,7 @@ class WatchHub:
             self._put_overdue_notice(watched, recipients - have_newer)
         watched.subscribers_awaiting_refresh = have_newer
 
-    def _set_overdue_error(self, watched: WatchedTask, failure: GatewayError | None) -> None:
+    def _mark_overdue(self, watched: WatchedTask, failure: GatewayError | None) -> None:
         """Record why the task is overdue, if it is, and notify the subscribers of a change of the code."""
         before, watched.overdue_error = watched.overdue_error, failure
         if (before and before.code) == (failure and failure.code):
@@ -305,7 +305,7 @@ class WatchHub:
             self._overdue_keys.add(watched.key)
         self._put_overdue_notice(watched, watched.subscribers - watched.subscribers_awaiting_refresh)
 
-    def _notify_overdue(self, watched: WatchedTask, failure: GatewayError) -> None:
+    def _on_refresh_overdue(self, watched: WatchedTask, failure: GatewayError) -> None:
         """Record that a refresh takes too long. Subscribers that await it may receive the stale snapshot."""
         published = watched.published_update
         if published is None or watched.subscribers_awaiting_refresh:
@@ -313,7 +313,7 @@ class WatchHub:
             update = None if result is None or watched.not_found else Update(watched.key, result.snapshot)
             if update is not None and (published is None or update.has_same_content(published)):
                 self._publish(update)
-        self._set_overdue_error(watched, failure)
+        self._mark_overdue(watched, failure)
 
     def _put_overdue_notice(self, watched: WatchedTask, subscribers: Iterable[Subscriber]) -> None:
         """Put the overdue notice of a task into subscribers that have received its snapshot.

@@ -88,8 +88,8 @@ class Schedules:
         self._service = service
         self._publish_unpublished = publish_unpublished
         self._publish = publish
-        self._set_overdue_error = set_overdue_error
-        self._notify_overdue = report_overdue
+        self._mark_overdue = set_overdue_error
+        self._on_refresh_overdue = report_overdue
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
@@ -239,7 +239,7 @@ class Schedules:
                 if not self._has_newer(outcome.snapshot):
                     self._publish(Update(key, outcome.snapshot))
                 detector = self._service.overdue_detector
-                self._set_overdue_error(watched, outcome.failure and detector.error(key))
+                self._mark_overdue(watched, outcome.failure and detector.error(key))
         except Exception as exc:
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(
@@ -302,7 +302,7 @@ class Schedules:
             self._schedule_check(watched, max(delay, _TIMER_RESOLUTION_SECONDS))
         else:
             self._schedule_check(watched, detector.overdue_after_seconds)
-            self._notify_overdue(watched, reason)
+            self._on_refresh_overdue(watched, reason)
 
     def _seconds_until_not_found(self, watched: WatchedTask) -> float:
         """Return the seconds until the task counts as not found if it is rejected again, at least 1."""

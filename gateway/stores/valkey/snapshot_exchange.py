@@ -90,12 +90,11 @@ class SnapshotExchange:
         """
         entry, metadata = self._memory.entry(key), reply.metadata
         if entry is not None and not supersedes(metadata, entry.snapshot):
-            # The server has no snapshot that supersedes the present one. If another replica has announced a
-            # newer one (`required_version`), the server has lost it: the entry is outdated until the task is
-            # queried again.
+            # The server has nothing newer than the present snapshot. So the entry is outdated only if another
+            # replica has announced a newer snapshot (`required_version`), which the server has lost since.
             entry.outdated = entry.required_version > entry.snapshot.version
             return entry.snapshot
-        if not reply.value:  # the server has no snapshot, or the one that was in memory when it was asked
+        if not reply.value:  # nothing to put: the server has no snapshot, or the same one as the memory
             return None if entry is None else entry.snapshot
         snapshot = decode_snapshot(
             reply.value,
