@@ -246,8 +246,8 @@ class ProgressService:
         self, operation: Operation, seconds: float, seconds_before_call: float
     ) -> None:
         self._refresh_ahead.observe_latency(operation, seconds)
-        # The time in the queue is subtracted. Otherwise a long queue would raise the limit above which a
-        # query counts as slow, and the update of its task as overdue.
+        # Subtract the time in the queue. Otherwise, after a long queue, slow queries would not count as slow,
+        # and their tasks not as overdue.
         self.overdue_detector.observe_latency(seconds - seconds_before_call)
 
     def _start_refresh_ahead(self, key: TaskKey, version: int) -> None:

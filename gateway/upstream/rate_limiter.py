@@ -38,7 +38,7 @@ _TIMEOUT_TOLERANCE_SECONDS = 0.1
 # upstream that counts calls per second would refuse a part of a burst. With a smaller one, queries would be
 # queued even if a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
-_NOTICE_INTERVAL_SECONDS = 0.2  # between notices of expected waits: 14 ms for 5,000 queries
+_EXPECTED_WAITS_INTERVAL_SECONDS = 0.2  # see `_on_shared_reply`; one round takes 14 ms for 5,000 queries
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 # Resolution of the event loop's timers, and smallest `retry_after` of an error.
 _TIMER_RESOLUTION_SECONDS = 0.001
@@ -106,7 +106,7 @@ class RateLimiter:
     ) -> None:
         self._limit = AdaptiveRateLimit(requests_per_second or math.inf)
         self._clock = clock
-        self._next_notice_at = 0.0  # when a reply about shared permits may again cause expected-wait notices
+        self._next_expected_waits_at = 0.0  # see `_on_shared_reply`
         self._call_later = call_later
         self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
@@ -159,16 +159,16 @@ class RateLimiter:
                 - when the query is put into the queue, if the wait is at least `MIN_REPORTED_WAIT_SECONDS`
                 - while the query is queued, each time the limit falls or a pause begins
                 - while the query is queued, after a reply about shared permits, at most every 0.2 s
-            awaited_query: Has the clients that wait for the response. None: the gateway itself needs it.
-                Each client has a queue of first queries. The query enters that of a waiting client.
+            awaited_query: The query and its waiting clients; None for a query of the gateway itself. Each
+                client has a queue of first queries, and the query enters the shortest one of these clients.
 
         Raises:
             RateLimited: The expected wait exceeds the timeout. A query that is already queued may
                 fail, too, when its expected wait becomes longer.
         """
         self._remove_unneeded_limit()
-        state = awaited_query or AwaitedQuery(keep_without_callers=True)
-        client = b"" if is_refresh else self._queue.client_with_shortest_queue(state.clients)
+        awaited = awaited_query or AwaitedQuery(keep_without_callers=True)
+        client = b"" if is_refresh else self._queue.client_with_shortest_queue(awaited.clients)
         wait = self.expected_wait(is_refresh=is_refresh, client=client)
         if wait == 0 and not self._queue and self._try_take_shared_permit(is_refresh=is_refresh):
             self._tokens -= 1
@@ -181,7 +181,7 @@ class RateLimiter:
             query = self._queue.add(
                 is_refresh=is_refresh, client=client, expires_at=expires_at, on_expected_wait=on_expected_wait
             )
-            await self._wait_in_queue(query, state)
+            await self._wait_in_queue(query, awaited)
         permit = Permit(self._clock, self._on_permit_end)
         self._permits.add(permit)
         return permit
@@ -195,9 +195,9 @@ class RateLimiter:
         """
         self._on_throttled(self._clock(), retry_after)
 
-    async def _wait_in_queue(self, query: QueuedQuery, state: AwaitedQuery) -> None:
+    async def _wait_in_queue(self, query: QueuedQuery, awaited: AwaitedQuery) -> None:
         future = query.future
-        state.queue_entry = query
+        awaited.queue_entry = query
         self._serve_queue()
         try:
             refused_retry_after = await future
@@ -209,7 +209,7 @@ class RateLimiter:
                 self._return_token()
             raise
         finally:
-            state.queue_entry = None
+            awaited.queue_entry = None
         if refused_retry_after is not None:
             raise _rate_limit_error(refused_retry_after)
 
@@ -275,13 +275,13 @@ class RateLimiter:
 
     def _on_shared_reply(self) -> None:
         self._serve_queue()
-        if self._queue and self._clock() >= self._next_notice_at:  # other replicas may lengthen the wait
-            self._next_notice_at = self._clock() + _NOTICE_INTERVAL_SECONDS
+        # Other replicas may lengthen the waits. Tell all queued queries, but not after each reply.
+        if self._queue and self._clock() >= self._next_expected_waits_at:
+            self._next_expected_waits_at = self._clock() + _EXPECTED_WAITS_INTERVAL_SECONDS
             self._refuse_or_notify(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
-        # A learned limit that is no longer needed is removed first. Otherwise `on_throttled` would lower this
-        # old limit, and not learn a new one.
+        # Without an old limit that is no longer needed, `on_throttled` learns a new one. It would lower the old.
         self._remove_unneeded_limit()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit

@@ -61,7 +61,7 @@ class ParsedResponse(NamedTuple):
     """A successful envelope.
 
     `data` is the envelope's member `data`. `envelope` is the whole body as received. `invoke_id` is the
-    vendor's ID of the call; it is not redacted, because few calls are logged, and the log redacts its lines.
+    vendor's ID of the call; it is not redacted here: the log redacts the few calls that it writes.
     """
 
     data: dict[str, Any]
@@ -235,7 +235,7 @@ class SignedCalls:
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
             body, redact = response.body, self._redactor
-            # Search a small body for secrets, quickly here and exactly below. `_send` searches a large body.
+            # Search a small body for secrets: quickly at first, exactly below. `_send` searches a large body.
             may_leak = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
                 body, response.request_headers["x-ca-signature"]
             )
@@ -270,9 +270,8 @@ class SignedCalls:
         self, key: TaskKey, pair: KeyPair, span: SpanRecord, on_upstream_done: Callable[[], None]
     ) -> ParsedResponse:
         operation = key.operation
-        # Unless another outcome is set below, the call was cancelled by the query's deadline. It then has no
-        # cause of its own. If the previous call timed out, the cause of that call stays the last cause.
-        outcome = UpstreamTimeout.code
+        outcome = UpstreamTimeout.code  # if nothing below changes it: the query's deadline cancels the call
+        # A cancelled call has no cause. Keep the one of the previous call, if that call timed out.
         cause = self._last_cause if self.last_error_code == outcome else ""
         started = time.perf_counter()
         received: HttpResponse | None = None

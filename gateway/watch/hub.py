@@ -200,8 +200,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # The subscriber must receive the published content. A large body is only in `servable_result`. Its
-            # content differs if the store has lost the published snapshot of an ended task.
+            # Prefer `servable_result`, because it has a large body. It may have another content than what was
+            # published: the store may have lost the published snapshot of an ended task.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])

@@ -28,8 +28,8 @@ from gateway.stores.valkey.messages import (
     ThrottlingMessage,
     parse_message,
 )
-from gateway.stores.valkey.snapshot_exchange import (
-    SnapshotExchange,
+from gateway.stores.valkey.snapshot_transfer import (
+    SnapshotTransfer,
     mark_outdated,
     queries_may_overlap,
     supersedes,
@@ -46,7 +46,7 @@ class MessageHandler:
         memory: MemoryStore,
         *,
         connection: StoreConnection,
-        snapshots: SnapshotExchange,
+        snapshots: SnapshotTransfer,
         leases: Leases,
         waiters: LeaseWaiters,
         start: Callable[[Coroutine[Any, Any, None]], None],

@@ -82,7 +82,7 @@ class StoreOperations:
     async def commit(
         self, token: str, snapshot: Snapshot, *, known_version: int, age: float, keep_seconds: float
     ) -> Reply:
-        """Run `commit.lua`; `known_version`: see `SnapshotExchange.write`. Raises: InvalidStoredValue."""
+        """Run `commit.lua`; `known_version`: see `SnapshotTransfer.write`. Raises: InvalidStoredValue."""
         kind, *metadata, value = await self._run(
             COMMIT,
             snapshot.key,

@@ -37,7 +37,7 @@ from gateway.stores.valkey.lease_waiters import LeaseWaiters
 from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
 from gateway.stores.valkey.message_handler import MessageHandler
 from gateway.stores.valkey.operations import StoreOperations
-from gateway.stores.valkey.snapshot_exchange import SnapshotExchange, mark_outdated, queries_may_overlap
+from gateway.stores.valkey.snapshot_transfer import SnapshotTransfer, mark_outdated, queries_may_overlap
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
@@ -81,7 +81,7 @@ class ValkeyStore(MemoryStore):
         self._operations = StoreOperations(self._connection, lease_seconds=LEASE_SECONDS)
         self._leases = Leases(self._operations)
         self._waiters = LeaseWaiters()
-        self._shared_snapshots = SnapshotExchange(
+        self._shared_snapshots = SnapshotTransfer(
             self,
             connection=self._connection,
             operations=self._operations,

@@ -24,7 +24,7 @@ from gateway.telemetry.metrics import Metrics
 log = structlog.get_logger(__name__)
 
 
-class SnapshotExchange:
+class SnapshotTransfer:
     """Moves snapshots between the server and this process.
 
     `memory`: the cache of this process. `ValkeyStore` is a subclass of `MemoryStore`, and passes itself.
@@ -94,7 +94,7 @@ class SnapshotExchange:
             # replica has announced a newer snapshot (`required_version`), which the server has lost since.
             entry.outdated = entry.required_version > entry.snapshot.version
             return entry.snapshot
-        if not reply.value:  # nothing to put: the server has no snapshot, or the same one as the memory
+        if not reply.value:  # the server has no snapshot, or the same one as this process
             return None if entry is None else entry.snapshot
         snapshot = decode_snapshot(
             reply.value,
@@ -147,12 +147,12 @@ def supersedes(metadata: StoredMetadata, snapshot: Snapshot) -> bool:
 
 
 def queries_may_overlap(known: Snapshot, version: int, revision: int) -> bool:
-    """Tell whether a query may have begun before the body of a known snapshot arrived.
+    """Tell whether it is unknown which of two snapshots has the newer body.
 
-    `version` and `revision` belong to the snapshot of the query; `version` is larger than `known.version`. A
-    lease prevents overlapping queries, unless the server has lost it or cannot be reached. If two queries
-    have overlapped, it is unknown which of the two responses is newer. Equal times do not show which came
-    first, so they count as an overlap.
+    `version` and `revision` are those of the other snapshot; its version is the larger one. Its body is newer
+    if its query began after the known body had arrived, so if `version` is larger than `known.revision`.
+    Otherwise the two queries may have overlapped: leases prevent this, unless the server has lost a lease or
+    cannot be reached. If the bodies are equal, neither is newer.
     """
     return revision != known.revision and version <= known.revision
 
