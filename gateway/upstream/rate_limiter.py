@@ -281,7 +281,7 @@ class RateLimiter:
             self._refuse_or_notify(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
-        # Without an old limit that is no longer needed, `on_throttled` learns a new one. It would lower the old.
+        # `on_throttled` would lower an old learned limit, even one that is no longer needed. Learn a new one.
         self._remove_unneeded_limit()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit
