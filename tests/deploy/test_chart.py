@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from gateway import __version__
 from gateway.api.operator_endpoints import PROBES
 from gateway.settings.loading import load
 from gateway.settings.model import Settings
+from tests.support import yaml_files
 from tests.support.harness import Gateway, Simulator
 from tests.support.programs import required
 
@@ -57,7 +57,7 @@ def rendered(*arguments: str | Path, program: str = "helm", chart: Path = CHART)
     """Return the rendered manifests by kind, with those of _NAMED under these names."""
     ran = helm("template", "release", chart, *arguments, program=program)
     assert ran.returncode == 0, ran.stderr
-    manifests = [manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest]
+    manifests = [manifest for manifest in yaml_files.load_all(ran.stdout) if manifest]
     by_kind = {
         _NAMED.get(manifest["metadata"]["name"].rpartition("-")[2], manifest["kind"]): manifest
         for manifest in manifests
@@ -140,8 +140,8 @@ def test_chart_writes_valid_settings(values: Path, tmp_path: Path) -> None:
     manifests = rendered("-f", values)
     settings = settings_of(manifests, tmp_path)
     written = tomllib.loads(manifests["ConfigMap"]["data"]["gateway.toml"])
-    asked = yaml.safe_load((CHART / "values.yaml").read_text())["settings"]
-    for section, keys in (yaml.safe_load(values.read_text()).get("settings") or {}).items():
+    asked = yaml_files.load((CHART / "values.yaml").read_text())["settings"]
+    for section, keys in (yaml_files.load(values.read_text()).get("settings") or {}).items():
         asked[section] = asked.get(section, {}) | keys
     for section, keys in asked.items():
         assert keys.items() <= written[section].items()
@@ -280,7 +280,7 @@ def test_chart_selectors_use_immutable_labels(values: Path) -> None:
 
 def test_chart_has_the_version_of_the_gateway() -> None:
     """The default image tag is this version, and kubeVersion is the oldest tested Kubernetes."""
-    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    chart = yaml_files.load((CHART / "Chart.yaml").read_text())
     assert chart["kubeVersion"] == f">={OLDEST}.0-0"
     assert f"Kubernetes {OLDEST} or newer" in (CHART / "README.md").read_text()
     assert chart["version"] == chart["appVersion"] == __version__
@@ -511,7 +511,7 @@ def test_chart_monitors_the_metrics_port() -> None:
 def test_chart_contains_the_rules() -> None:
     """The PrometheusRule equals the file that promtool tests, with its templates unchanged."""
     manifests = rendered("-f", FULL)
-    assert manifests["PrometheusRule"]["spec"] == yaml.safe_load(
+    assert manifests["PrometheusRule"]["spec"] == yaml_files.load(
         (CHART / "rules" / "gateway.yaml").read_text()
     )
     assert "PrometheusRule" not in minimal()
@@ -520,7 +520,7 @@ def test_chart_contains_the_rules() -> None:
 def test_chart_puts_urls_into_alerts() -> None:
     """runbook_url and dashboard_url begin with the URLs of the values; nothing else differs from the file."""
     manifests = rendered("-f", CHART / "ci" / "extras.yaml")
-    expected = yaml.safe_load((CHART / "rules" / "gateway.yaml").read_text())
+    expected = yaml_files.load((CHART / "rules" / "gateway.yaml").read_text())
     alerts = [rule for group in expected["groups"] for rule in group["rules"] if "alert" in rule]
     for alert in alerts:
         annotations = alert["annotations"]
@@ -622,7 +622,7 @@ def test_chart_notes_forward_a_port(
 
 def own(name: str) -> Any:
     """Return a value of ci/extras.yaml."""
-    value = yaml.safe_load((CHART / "ci" / "extras.yaml").read_text())
+    value = yaml_files.load((CHART / "ci" / "extras.yaml").read_text())
     for part in name.split("."):
         value = value[part]
     return value
@@ -897,7 +897,7 @@ def test_chart_schema_and_values_have_the_same_keys() -> None:
         for name, value in values.items():
             compare(value, schema["properties"][name], name)
 
-    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    values = yaml_files.load((CHART / "values.yaml").read_text())
     compare(values, json.loads((CHART / "values.schema.json").read_text()), "values")
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from gateway.settings.loading import load
 from tests.docs.markdown import ROOT
+from tests.support import yaml_files
 from tests.support.harness import KEY, SECRET, Gateway, Process, Simulator, free_port, plain_client, until
 from tests.support.programs import required
 from tests.support.storeserver import binary
 
 FILE = ROOT / "config" / "compose.yaml"
 TEXT = FILE.read_text(encoding="utf-8")
-CONFIG: dict[str, Any] = yaml.safe_load(TEXT)
+CONFIG: dict[str, Any] = yaml_files.load(TEXT)
 SERVICES: dict[str, Any] = CONFIG["services"]
 GATEWAY = SERVICES["gateway"]
 
@@ -111,7 +111,7 @@ def test_compose_gateway_has_valid_settings() -> None:
     )
     assert f"127.0.0.1:8080:{settings.server.port}" in GATEWAY["ports"]
     assert settings.store.hosts == [("valkey", 6379)]
-    [target] = yaml.safe_load((FILE.parent / "compose" / "prometheus.yaml").read_text())["scrape_configs"]
+    [target] = yaml_files.load((FILE.parent / "compose" / "prometheus.yaml").read_text())["scrape_configs"]
     assert target["static_configs"] == [{"targets": [f"gateway:{settings.server.metrics_port}"]}]
 
 
@@ -139,10 +139,10 @@ def test_compose_prometheus_loads_the_rules(tmp_path: Path) -> None:
 def test_compose_grafana_finds_prometheus_and_the_dashboard() -> None:
     """Grafana's data source is the service, and the folder of its dashboards has the chart's dashboard."""
     folder = FILE.parent / "compose"
-    [source] = yaml.safe_load((folder / "grafana-datasources.yaml").read_text())["datasources"]
+    [source] = yaml_files.load((folder / "grafana-datasources.yaml").read_text())["datasources"]
     assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
     assert "127.0.0.1:9090:9090" in SERVICES["prometheus"]["ports"]
-    [provider] = yaml.safe_load((folder / "grafana-dashboards.yaml").read_text())["providers"]
+    [provider] = yaml_files.load((folder / "grafana-dashboards.yaml").read_text())["providers"]
     [dashboard] = [
         source
         for target, source in mounts("grafana").items()

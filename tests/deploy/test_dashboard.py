@@ -7,12 +7,12 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from gateway.upstream.circuit_breaker import State
+from tests.support import yaml_files
 from tests.support.dashboard import ANNOTATIONS, DASHBOARD, FILE, PANELS, QUERIES, VARIABLES
 from tests.support.promql import check_names, series
 
@@ -190,7 +190,7 @@ def panel_overrides(panel: dict[str, Any]) -> list[dict[str, Any]]:
 )
 def test_dashboard_thresholds_are_those_of_the_alerts(title: str, alert: str) -> None:
     """A threshold at which an alert fires is the same in the panel."""
-    rules = yaml.safe_load((FILE.parents[1] / "rules" / "gateway.yaml").read_text(encoding="utf-8"))
+    rules = yaml_files.load((FILE.parents[1] / "rules" / "gateway.yaml").read_text(encoding="utf-8"))
     [expression] = [
         rule["expr"] for group in rules["groups"] for rule in group["rules"] if rule.get("alert") == alert
     ]

@@ -6,21 +6,21 @@ import subprocess
 from typing import Any
 
 import pytest
-import yaml
 
 from gateway.cli.main import main
 from tests.docs.markdown import ROOT
+from tests.support import yaml_files
 
 GITHUB = ROOT / ".github"
 WORKFLOWS = {file.name: file.read_text(encoding="utf-8") for file in (GITHUB / "workflows").iterdir()}
-FORM = yaml.safe_load((GITHUB / "ISSUE_TEMPLATE" / "problem.yml").read_text(encoding="utf-8"))
+FORM = yaml_files.load((GITHUB / "ISSUE_TEMPLATE" / "problem.yml").read_text(encoding="utf-8"))
 
 each_workflow = pytest.mark.parametrize("name", WORKFLOWS)
 
 
 def jobs(name: str) -> dict[str, Any]:
     """Return the jobs of a workflow."""
-    found: dict[str, Any] = yaml.safe_load(WORKFLOWS[name])["jobs"]
+    found: dict[str, Any] = yaml_files.load(WORKFLOWS[name])["jobs"]
     return found
 
 
@@ -40,7 +40,7 @@ def test_workflows_pin_actions_by_commit(name: str) -> None:
 @each_workflow
 def test_workflows_have_few_permissions(name: str) -> None:
     """A workflow may read; jobs that write are listed here. Each job has a time limit, and keeps no token."""
-    assert yaml.safe_load(WORKFLOWS[name])["permissions"] == {"contents": "read"}
+    assert yaml_files.load(WORKFLOWS[name])["permissions"] == {"contents": "read"}
     writing = {job for job, settings in jobs(name).items() if "permissions" in settings}
     assert writing == {"release.yml": {"publish"}, "locks.yml": {"update"}}.get(name, set())
     for job in jobs(name).values():

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from gateway import __version__
+from tests.support import yaml_files
 from tests.support.harness import (
     KEY,
     SECRET,
@@ -202,7 +202,7 @@ def rendered(values: Path) -> dict[str, Any]:
     """Return the chart's manifests by kind."""
     command = [required("helm"), "template", "release", CHART, "-f", values]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest}
+    return {manifest["kind"]: manifest for manifest in yaml_files.load_all(ran.stdout) if manifest}
 
 
 def test_image_passes_its_health_check(container: Container) -> None:

@@ -17,6 +17,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.support import yaml_files
 from tests.support.dashboard import ANNOTATIONS, QUERIES, VARIABLES, substituted
 from tests.support.harness import (
     Gateway,
@@ -113,9 +114,9 @@ class Scenario:
 
 def fast_configuration(folder: Path, jobs: dict[str, list[Gateway]]) -> Path:
     """Write the example configuration and rules with short intervals and without `for`."""
-    config = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    config = yaml_files.load(EXAMPLE.read_text(encoding="utf-8"))
     [rules] = config["rule_files"]
-    groups = yaml.safe_load((EXAMPLE.parent / rules).read_text(encoding="utf-8"))
+    groups = yaml_files.load((EXAMPLE.parent / rules).read_text(encoding="utf-8"))
     for group in groups["groups"]:
         for rule in group["rules"]:
             rule.pop("for", None)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import yaml
 
+from tests.support import yaml_files
 from tests.support.harness import Gateway, Process, Simulator, free_port, plain_client, until
 from tests.support.programs import required
 
@@ -24,7 +24,7 @@ def annotations() -> dict[str, str]:
     values = CHART / "ci" / "hash-by-task.yaml"
     command = [required("helm"), "template", "release", CHART, "-f", values, "-s", "templates/ingress.yaml"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    annotations: dict[str, str] = yaml.safe_load(ran.stdout)["metadata"]["annotations"]
+    annotations: dict[str, str] = yaml_files.load(ran.stdout)["metadata"]["annotations"]
     return annotations
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from gateway.settings.model import Settings
 from tests.docs.markdown import Document
+from tests.support import yaml_files
 from tests.support.dashboard import DASHBOARD, VARIABLES
 from tests.support.programs import required
 from tests.support.promql import check_names, series
@@ -19,7 +20,7 @@ from tests.support.promql import check_names, series
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "helm" / "sd-progress-gateway" / "rules" / "gateway.yaml"
 RULES: list[dict[str, Any]] = [
-    rule for group in yaml.safe_load(FILE.read_text(encoding="utf-8"))["groups"] for rule in group["rules"]
+    rule for group in yaml_files.load(FILE.read_text(encoding="utf-8"))["groups"] for rule in group["rules"]
 ]
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RECORDED = [rule["record"] for rule in RULES if "record" in rule]
@@ -30,7 +31,9 @@ SELECTED = (
     "operation",
     "instance",
 )  # labels of alerts that are variables of the dashboard
-CASES: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parents[1] / "data" / "alerts.yaml").read_text())
+CASES: list[dict[str, Any]] = yaml_files.load(
+    (Path(__file__).parents[1] / "data" / "alerts.yaml").read_text()
+)
 
 
 def promtool(*arguments: str | Path) -> None:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic import SecretStr
@@ -20,6 +19,7 @@ from gateway.settings.model import Settings
 from gateway.telemetry.counters import CallbackCounter, FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics
 from tests.docs.markdown import ROOT, Document, documents
+from tests.support import yaml_files
 from tests.support.promql import label_names
 
 CONFIG = ROOT / "config" / "gateway.toml"
@@ -147,7 +147,7 @@ def metrics() -> str:
 def alerts() -> str:
     """Return the alerts, each with its runbook."""
     sections = []
-    for group in yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]:
+    for group in yaml_files.load(RULES.read_text(encoding="utf-8"))["groups"]:
         for rule in group["rules"]:
             if "alert" in rule:
                 texts = rule["annotations"]

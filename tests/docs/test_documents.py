@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-import yaml
 
 from gateway.cli.command_line import create_parser
 from gateway.settings.model import Settings
@@ -23,6 +22,7 @@ from gateway.settings.variables import PREFIX
 from tests.docs import tables
 from tests.docs.markdown import ROOT, Block, Command, Document, documents
 from tests.docs.session import Session, session
+from tests.support import yaml_files
 from tests.support.harness import KEY, SECRET, Mount, Simulator, free_port
 from tests.support.programs import required
 from tests.support.promql import series
@@ -114,8 +114,8 @@ def test_documents_describe_every_setting() -> None:
 
 def known_names() -> dict[str, set[str]]:
     """Return the names that documents may use, by kind."""
-    rules = [rule for group in yaml.safe_load(tables.RULES.read_text())["groups"] for rule in group["rules"]]
-    values = yaml.safe_load((ROOT / "helm" / "sd-progress-gateway" / "values.yaml").read_text())
+    rules = [rule for group in yaml_files.load(tables.RULES.read_text())["groups"] for rule in group["rules"]]
+    values = yaml_files.load((ROOT / "helm" / "sd-progress-gateway" / "values.yaml").read_text())
     return {
         "setting": {
             f"{section}.{name}"
@@ -329,7 +329,7 @@ def render(*arguments: str, cwd: Path = ROOT) -> dict[str, dict[str, Any]]:
     command = [required("helm"), "template", *arguments]
     ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest}
+    return {manifest["kind"]: manifest for manifest in yaml_files.load_all(ran.stdout) if manifest}
 
 
 def folder_with_values(tmp_path: Path) -> Path:
@@ -376,7 +376,7 @@ def assert_uses_the_image(arguments: list[str]) -> None:
         case ["compose", "--file", file, "up", *_]:
             assert (ROOT / file).exists()  # test_compose.py checks it
         case ["compose", "--file", file, "exec", service, program, *rest]:
-            assert service in yaml.safe_load((ROOT / file).read_text())["services"]
+            assert service in yaml_files.load((ROOT / file).read_text())["services"]
             assert f'ENTRYPOINT ["{program}"]' in (ROOT / "Dockerfile").read_text()
             assert_parses(shlex.join(["sd-gateway", *rest]))
         case _:
@@ -401,7 +401,7 @@ def assert_creates_the_secret(command: Command, tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    secret = yaml.safe_load(ran.stdout)
+    secret = yaml_files.load(ran.stdout)
     options = ["--set", f"credentials.existingSecret={secret['metadata']['name']}"]
     if "next_access_key" in secret["data"]:
         options += ["--set", "credentials.next=true"]
