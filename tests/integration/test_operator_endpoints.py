@@ -248,8 +248,10 @@ async def test_ops_metrics_are_the_same_on_both_ports() -> None:
         assert set(refused.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
-def test_ops_metrics_count_what_happened(simulator: Simulator, gate: Gateway) -> None:
+def test_ops_metrics_count_what_happened(simulator: Simulator, launch: Callable[..., Gateway]) -> None:
     """Requests, lookups, upstream calls and transitions are counted under the documented names and labels."""
+    # With a long lifetime, no refresh makes another call.
+    gate = launch(simulator.url, cache={"waiting_seconds": 60, "running_seconds": 60})
     task = simulator.task()
     for _ in range(3):
         gate.get(task)
