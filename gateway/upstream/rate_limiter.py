@@ -38,7 +38,7 @@ _TIMEOUT_TOLERANCE_SECONDS = 0.1
 # upstream that counts calls per second would refuse a part of a burst. With a smaller one, queries would be
 # queued even if a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
-_EXPECTED_WAITS_INTERVAL_SECONDS = 0.2  # see `_on_shared_reply`; one round takes 14 ms for 5,000 queries
+_SECONDS_BETWEEN_NOTIFICATIONS = 0.2  # see `_on_shared_reply`; one round takes 14 ms for 5,000 queries
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 # Resolution of the event loop's timers, and smallest `retry_after` of an error.
 _TIMER_RESOLUTION_SECONDS = 0.001
@@ -106,7 +106,7 @@ class RateLimiter:
     ) -> None:
         self._limit = AdaptiveRateLimit(requests_per_second or math.inf)
         self._clock = clock
-        self._next_expected_waits_at = 0.0  # see `_on_shared_reply`
+        self._next_notification_at = 0.0  # see `_on_shared_reply`
         self._call_later = call_later
         self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
@@ -160,7 +160,7 @@ class RateLimiter:
                 - while the query is queued, each time the limit falls or a pause begins
                 - while the query is queued, after a reply about shared permits, at most every 0.2 s
             awaited_query: The query and its waiting clients; None for a query of the gateway itself. Each
-                client has a queue of first queries, and the query enters the shortest one of these clients.
+                client has a queue of first queries. The query enters the shortest queue of its clients.
 
         Raises:
             RateLimited: The expected wait exceeds the timeout. A query that is already queued may
@@ -276,12 +276,12 @@ class RateLimiter:
     def _on_shared_reply(self) -> None:
         self._serve_queue()
         # Other replicas may lengthen the waits. Tell all queued queries, but not after each reply.
-        if self._queue and self._clock() >= self._next_expected_waits_at:
-            self._next_expected_waits_at = self._clock() + _EXPECTED_WAITS_INTERVAL_SECONDS
+        if self._queue and self._clock() >= self._next_notification_at:
+            self._next_notification_at = self._clock() + _SECONDS_BETWEEN_NOTIFICATIONS
             self._refuse_or_notify(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
-        # `on_throttled` would lower an old learned limit, even one that is no longer needed. Learn a new one.
+        # Remove a learned limit that is not needed any more: `on_throttled` would lower it.
         self._remove_unneeded_limit()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit

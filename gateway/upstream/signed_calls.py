@@ -270,7 +270,7 @@ class SignedCalls:
         self, key: TaskKey, pair: KeyPair, span: SpanRecord, on_upstream_done: Callable[[], None]
     ) -> ParsedResponse:
         operation = key.operation
-        outcome = UpstreamTimeout.code  # if nothing below changes it: the query's deadline cancels the call
+        outcome = UpstreamTimeout.code  # remains if the query's deadline cancels the call
         # A cancelled call has no cause. Keep the one of the previous call, if that call timed out.
         cause = self._last_cause if self.last_error_code == outcome else ""
         started = time.perf_counter()

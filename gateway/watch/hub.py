@@ -79,7 +79,7 @@ class WatchHub:
             service,
             publish_unpublished=self._publish_unpublished,
             publish=self._publish,
-            set_overdue_error=self._mark_overdue,
+            set_overdue_error=self._update_overdue_error,
             report_overdue=self._on_refresh_overdue,
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
@@ -181,7 +181,7 @@ class WatchHub:
         result = self._service.peek(key)
         if result is not None:
             watched.published_update = Update(key, result.snapshot).without_large_body()
-            self._mark_overdue(watched, self._service.overdue_detector.error(key))
+            self._update_overdue_error(watched, self._service.overdue_detector.error(key))
         self._schedules.start(watched)
         return watched
 
@@ -200,8 +200,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # Prefer `servable_result`, because it has a large body. It may have another content than what was
-            # published: the store may have lost the published snapshot of an ended task.
+            # Only `servable_result` has a large body. Send it if it has the published content. It has another
+            # one if the store has lost the published snapshot of an ended task.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])
@@ -267,7 +267,7 @@ class WatchHub:
             return
         snapshot, watched.unpublished_snapshot = watched.unpublished_snapshot, None
         self._publish(Update(key, snapshot))
-        self._mark_overdue(watched, None)
+        self._update_overdue_error(watched, None)
         if watched.backing_off:
             self._schedules.refresh_now(watched)  # the upstream responds again, to this or another replica
 
@@ -294,7 +294,7 @@ class WatchHub:
             self._put_overdue_notice(watched, recipients - have_newer)
         watched.subscribers_awaiting_refresh = have_newer
 
-    def _mark_overdue(self, watched: WatchedTask, failure: GatewayError | None) -> None:
+    def _update_overdue_error(self, watched: WatchedTask, failure: GatewayError | None) -> None:
         """Record why the task is overdue, if it is, and notify the subscribers of a change of the code."""
         before, watched.overdue_error = watched.overdue_error, failure
         if (before and before.code) == (failure and failure.code):
@@ -313,7 +313,7 @@ class WatchHub:
             update = None if result is None or watched.not_found else Update(watched.key, result.snapshot)
             if update is not None and (published is None or update.has_same_content(published)):
                 self._publish(update)
-        self._mark_overdue(watched, failure)
+        self._update_overdue_error(watched, failure)
 
     def _put_overdue_notice(self, watched: WatchedTask, subscribers: Iterable[Subscriber]) -> None:
         """Put the overdue notice of a task into subscribers that have received its snapshot.

@@ -88,7 +88,7 @@ class Schedules:
         self._service = service
         self._publish_unpublished = publish_unpublished
         self._publish = publish
-        self._mark_overdue = set_overdue_error
+        self._update_overdue_error = set_overdue_error
         self._on_refresh_overdue = report_overdue
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
@@ -239,7 +239,7 @@ class Schedules:
                 if not self._has_newer(outcome.snapshot):
                     self._publish(Update(key, outcome.snapshot))
                 detector = self._service.overdue_detector
-                self._mark_overdue(watched, outcome.failure and detector.error(key))
+                self._update_overdue_error(watched, outcome.failure and detector.error(key))
         except Exception as exc:
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(

@@ -29,7 +29,7 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.stores.valkey.codec import (
-    MICROSECONDS,
+    MICROS_PER_SECOND,
     InvalidStoredValue,
     StoredMetadata,
     decode_failure,
@@ -217,7 +217,7 @@ def test_facts_out_of_range_are_refused(name: str, value: Any) -> None:
 
 def test_lifetime_is_within_the_settings_bounds() -> None:
     """No lifetime exceeds the maximum of the settings."""
-    longest = 2_592_000 * MICROSECONDS
+    longest = 2_592_000 * MICROS_PER_SECOND
     assert StoredMetadata.checked(1, 0, longest, 0).lifetime == longest
     assert lifetime_of(replace(SNAPSHOT, lifetime=1e12)) == longest
     with pytest.raises(InvalidStoredValue):
@@ -227,7 +227,7 @@ def test_lifetime_is_within_the_settings_bounds() -> None:
 def test_snapshot_of_unknown_age_is_stale() -> None:
     """A snapshot from the future, after a step of the server's clock, counts as stale."""
     for age, fetched_at in ((0, 100.0), (500_000, 99.5), (-1, 98.0), (-(10**12), 98.0)):
-        metadata = StoredMetadata.checked(7, age, 2 * MICROSECONDS, 0)
+        metadata = StoredMetadata.checked(7, age, 2 * MICROS_PER_SECOND, 0)
         assert metadata.fetched_at(100.0) == fetched_at
 
 

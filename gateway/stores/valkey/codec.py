@@ -31,12 +31,12 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Snapshot, render_json, restore_snapshot, version_now
 from gateway.domain.task import Status, TaskKey
 
-MICROSECONDS = 1_000_000
+MICROS_PER_SECOND = 1_000_000
 LONGEST_RETRY_SECONDS = 3600.0  # the maximum that `upstream/header_values.py` returns
 
 _DIGEST_BYTES = 12
 _MAX_EXACT = 2**53  # the scripts compute with doubles, which are exact below this number
-_MAX_CLOCK_LEAD = 86_400 * MICROSECONDS  # by how much the clock of another replica may be ahead
+_MAX_CLOCK_LEAD = 86_400 * MICROS_PER_SECOND  # by how much the clock of another replica may be ahead
 _LONGEST_LIFETIME = 2_592_000_000_000  # in microseconds: the maximum of the `cache` settings
 _MAX_HEADER_BYTES = 16_384
 
@@ -80,7 +80,7 @@ class StoredMetadata(NamedTuple):
 
     def fetched_at(self, now: float) -> float:
         """Return when the snapshot was fetched, on the clock of `now`; stale if the age is negative."""
-        return now - (self.age if self.age >= 0 else self.lifetime) / MICROSECONDS
+        return now - (self.age if self.age >= 0 else self.lifetime) / MICROS_PER_SECOND
 
 
 class _SnapshotHeader(msgspec.Struct, forbid_unknown_fields=True):
@@ -119,7 +119,7 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
 
 def lifetime_of(snapshot: Snapshot) -> int:
     """Return a snapshot's lifetime in microseconds."""
-    return min(round(snapshot.lifetime * MICROSECONDS), _LONGEST_LIFETIME)
+    return min(round(snapshot.lifetime * MICROS_PER_SECOND), _LONGEST_LIFETIME)
 
 
 def decode_snapshot(
@@ -148,7 +148,7 @@ def decode_snapshot(
             progress=header.progress,
             fetched_at=fetched_at,
             lifetimes=lifetimes,
-            longest_lifetime=metadata.lifetime / MICROSECONDS,
+            longest_lifetime=metadata.lifetime / MICROS_PER_SECOND,
             version=header.version,
             revision=header.revision,
             tags=tags,

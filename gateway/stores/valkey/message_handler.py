@@ -30,8 +30,8 @@ from gateway.stores.valkey.messages import (
 )
 from gateway.stores.valkey.snapshot_transfer import (
     SnapshotTransfer,
+    is_order_unknown,
     mark_outdated,
-    queries_may_overlap,
     supersedes,
 )
 
@@ -137,7 +137,7 @@ class MessageHandler:
         if revision == snapshot.revision and bool(metadata.terminal) is snapshot.terminal:
             self._snapshots.put_with_same_body(snapshot, metadata)
             return
-        if not metadata.terminal and queries_may_overlap(snapshot, metadata.version, revision):
+        if not metadata.terminal and is_order_unknown(snapshot, metadata.version, revision):
             mark_outdated(entry)
             return
         if key in self._waiters or not (entry.reads or watched):

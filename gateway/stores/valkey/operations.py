@@ -8,7 +8,7 @@ from gateway.domain.permits_reply import PermitsReply
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.base import Lease
-from gateway.stores.valkey.codec import MICROSECONDS, StoredMetadata, encode_snapshot, lifetime_of
+from gateway.stores.valkey.codec import MICROS_PER_SECOND, StoredMetadata, encode_snapshot, lifetime_of
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.scripts import ACQUIRE, COMMIT, END_LEASE, RENEW_LEASE, TAKE_PERMITS, Script
 
@@ -31,7 +31,7 @@ class StoreOperations:
 
     def __init__(self, connection: StoreConnection, *, lease_seconds: float) -> None:
         self._connection = connection
-        self._lease_microseconds = int(lease_seconds * MICROSECONDS)
+        self._lease_microseconds = int(lease_seconds * MICROS_PER_SECOND)
 
     async def acquire(
         self,
@@ -45,7 +45,7 @@ class StoreOperations:
         error_seconds: float,
     ) -> Reply:
         """Run `acquire.lua`, which describes the arguments. Raises: InvalidStoredValue."""
-        channel, error_time = self._connection.channel, int(error_seconds * MICROSECONDS)
+        channel, error_time = self._connection.channel, int(error_seconds * MICROS_PER_SECOND)
         kind, number, *metadata, value, failure = await self._run(
             ACQUIRE,
             key,
@@ -91,7 +91,7 @@ class StoreOperations:
                 snapshot.version,
                 known_version,
                 snapshot.revision,
-                max(int(age * MICROSECONDS), 0),
+                max(int(age * MICROS_PER_SECOND), 0),
                 lifetime_of(snapshot),
                 int(snapshot.terminal),
                 encode_snapshot(snapshot),
@@ -106,7 +106,7 @@ class StoreOperations:
 
     async def end_lease(self, lease: Lease, failure: bytes = b"", seconds: float = 0.0) -> None:
         """Run `end_lease.lua`."""
-        channel, duration = self._connection.channel, int(seconds * MICROSECONDS)
+        channel, duration = self._connection.channel, int(seconds * MICROS_PER_SECOND)
         args = [lease.token, failure if duration else b"", duration, channel, _name(lease.key)]
         await self._run(END_LEASE, lease.key, args, [])
 
@@ -122,7 +122,7 @@ class StoreOperations:
         reply = await self._connection.run(TAKE_PERMITS, "permits", args)
         numbers = _checked(reply, [int] * len(PermitsReply._fields))
         granted, granted_first, pause, *elsewhere = (max(number, 0) for number in numbers)
-        seconds = min(pause / MICROSECONDS, 1 / per_second)
+        seconds = min(pause / MICROS_PER_SECOND, 1 / per_second)
         return PermitsReply(min(granted, refreshes), min(granted_first, first_queries), seconds, *elsewhere)
 
     async def delete(self, key: TaskKey) -> None:

@@ -14,7 +14,12 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Status, TaskKey
 from gateway.stores.base import CacheEntry
 from gateway.stores.memory import MemoryStore
-from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, StoredMetadata, decode_snapshot
+from gateway.stores.valkey.codec import (
+    MICROS_PER_SECOND,
+    InvalidStoredValue,
+    StoredMetadata,
+    decode_snapshot,
+)
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.metric_labels import StoreOperationLabel
 from gateway.stores.valkey.operations import Reply, StoreOperations
@@ -90,8 +95,8 @@ class SnapshotTransfer:
         """
         entry, metadata = self._memory.entry(key), reply.metadata
         if entry is not None and not supersedes(metadata, entry.snapshot):
-            # The server has nothing newer than the present snapshot. So the entry is outdated only if another
-            # replica has announced a newer snapshot (`required_version`), which the server has lost since.
+            # The server has nothing newer than the present snapshot. It is outdated if it needs a newer
+            # one (`required_version`), for example one that the server has lost.
             entry.outdated = entry.required_version > entry.snapshot.version
             return entry.snapshot
         if not reply.value:  # the server has no snapshot, or the same one as this process
@@ -107,7 +112,7 @@ class SnapshotTransfer:
         if (
             entry is not None
             and not snapshot.terminal
-            and queries_may_overlap(entry.snapshot, snapshot.version, snapshot.revision)
+            and is_order_unknown(entry.snapshot, snapshot.version, snapshot.revision)
         ):
             mark_outdated(entry)
             return entry.snapshot
@@ -118,7 +123,7 @@ class SnapshotTransfer:
         announced = replace(
             known,
             fetched_at=self._fetched_at(metadata),
-            lifetime=min(self._lifetimes[known.status], metadata.lifetime / MICROSECONDS),
+            lifetime=min(self._lifetimes[known.status], metadata.lifetime / MICROS_PER_SECOND),
             version=metadata.version,
         )
         self._memory.put(announced, fetched_here=False)
@@ -146,11 +151,11 @@ def supersedes(metadata: StoredMetadata, snapshot: Snapshot) -> bool:
     return metadata.version > snapshot.version
 
 
-def queries_may_overlap(known: Snapshot, version: int, revision: int) -> bool:
+def is_order_unknown(known: Snapshot, version: int, revision: int) -> bool:
     """Tell whether it is unknown which of two snapshots has the newer body.
 
     `version` and `revision` are those of the other snapshot; its version is the larger one. Its body is newer
-    if its query began after the known body had arrived, so if `version` is larger than `known.revision`.
+    if its query began after the known body had arrived (`version` is larger than `known.revision`).
     Otherwise the two queries may have overlapped: leases prevent this, unless the server has lost a lease or
     cannot be reached. If the bodies are equal, neither is newer.
     """

@@ -31,13 +31,13 @@ from gateway.domain.task import Status, TaskKey
 from gateway.settings.store_section import Store as StoreSettings
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 from gateway.stores.memory import MemoryStore
-from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, decode_failure, encode_failure
+from gateway.stores.valkey.codec import MICROS_PER_SECOND, InvalidStoredValue, decode_failure, encode_failure
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.lease_waiters import LeaseWaiters
 from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
 from gateway.stores.valkey.message_handler import MessageHandler
 from gateway.stores.valkey.operations import StoreOperations
-from gateway.stores.valkey.snapshot_transfer import SnapshotTransfer, mark_outdated, queries_may_overlap
+from gateway.stores.valkey.snapshot_transfer import SnapshotTransfer, is_order_unknown, mark_outdated
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
@@ -287,11 +287,11 @@ class ValkeyStore(MemoryStore):
                 return await self._acquire_once(key, newer, token)
             case b"failure":
                 failure = decode_failure(reply.failure, key)
-                seconds = min(reply.number / MICROSECONDS, self._error_seconds)
+                seconds = min(reply.number / MICROS_PER_SECOND, self._error_seconds)
                 self.put_failure(key, failure, seconds=seconds)
                 return failure
             case b"held":
-                return min(reply.number / MICROSECONDS, LEASE_SECONDS) + _MARGIN_SECONDS
+                return min(reply.number / MICROS_PER_SECOND, LEASE_SECONDS) + _MARGIN_SECONDS
             case b"lease" if reply.number > 0:
                 return self._leases.hold(Lease(key, reply.number, token))
         raise StoreUnavailable("invalid reply of a script")
@@ -320,7 +320,7 @@ class ValkeyStore(MemoryStore):
             entry is not None
             and not entry.fetched_here  # this replica's own queries do not overlap
             and not snapshot.terminal
-            and queries_may_overlap(entry.snapshot, snapshot.version, snapshot.revision)
+            and is_order_unknown(entry.snapshot, snapshot.version, snapshot.revision)
         ):
             mark_outdated(entry)
             return None

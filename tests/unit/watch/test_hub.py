@@ -1070,9 +1070,9 @@ async def test_watch_sends_each_overdue_notice_once(
         assert await codes(subscriber) == []
         watched = watch._watched[KEY]
         for failure in (throttled, throttled, timeout):
-            watch._mark_overdue(watched, failure)
+            watch._update_overdue_error(watched, failure)
         assert await codes(subscriber) == ["upstream-timeout"], "the latest state"
-        watch._mark_overdue(watched, UpstreamTimeout("later"))
+        watch._update_overdue_error(watched, UpstreamTimeout("later"))
         assert await codes(subscriber) == []
         with watch.subscribe([KEY], SubscriptionKind.EVENTS) as other:
             assert await codes(other) == ["upstream-timeout"]
@@ -1080,8 +1080,8 @@ async def test_watch_sends_each_overdue_notice_once(
             await turns(lambda: subscriber.woken)
             assert await codes(other) == [None]
         assert await codes(subscriber) == [None]
-        watch._mark_overdue(watched, throttled)
-        watch._mark_overdue(watched, None)
+        watch._update_overdue_error(watched, throttled)
+        watch._update_overdue_error(watched, None)
         assert await codes(subscriber) == [], "it ended before the subscriber received it"
     await watch.aclose()
 
@@ -1091,7 +1091,7 @@ async def test_watch_sends_the_overdue_notice_after_the_snapshot(watch: WatchHub
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1"))
         await turns(lambda: subscriber.woken)
-        watch._mark_overdue(watch._watched[KEY], UpstreamTimeout("late"))
+        watch._update_overdue_error(watch._watched[KEY], UpstreamTimeout("late"))
         assert subscriber.take_overdue_notices() == []
         assert await codes(subscriber) == ["upstream-timeout"]
     await watch.aclose()
@@ -1100,7 +1100,7 @@ async def test_watch_sends_the_overdue_notice_after_the_snapshot(watch: WatchHub
 async def test_watch_sends_no_overdue_notice_without_a_snapshot(watch: WatchHub) -> None:
     """While there is no snapshot, none is old."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
-        watch._mark_overdue(watch._watched[KEY], UpstreamTimeout("late"))
+        watch._update_overdue_error(watch._watched[KEY], UpstreamTimeout("late"))
         assert await codes(subscriber) == []
     await watch.aclose()
 
