@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Number of test processes. Many tests wait for timers or other processes. On two cores, 3 processes keep the cores 56 %
-# busy and need 13 minutes, 5 keep them 87 % busy and need 9.
+# Number of test processes. Many tests wait for timers or other processes: on two cores, 5 processes keep the cores 92 %
+# busy, and need 11.5 minutes.
 WORKERS ?= 5
 
 BIN := .venv/bin
