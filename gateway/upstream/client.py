@@ -119,7 +119,7 @@ class UpstreamClient:
     @property
     def problem_codes(self) -> list[str]:
         """The problem codes of the upstream's present failures; empty if it works."""
-        last_error = self._signed_calls.last_error_code
+        last_error = self._signed_calls.last_problem_code
         codes = [last_error] if last_error else []
         if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
             codes.append(CircuitOpen.code)

@@ -96,7 +96,7 @@ class SignedCalls:
     Attributes:
         proxy: The egress proxy, if any.
         clock_offset: Seconds to add to the gateway's clock when signing.
-        last_error_code: The problem code of the last call; None after a success or a rejection.
+        last_problem_code: The problem code of the last call; None after a success or a rejection.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class SignedCalls:
         metrics.upstream_in_flight.set_function(lambda: transport.in_flight)
         self._connection_reuse = ConnectionReuse(transport)
         self.clock_offset = 0.0
-        self.last_error_code: str | None = None
+        self.last_problem_code: str | None = None
         self._last_cause = ""  # of the error of the last call
         self._log_sampler = LogSampler(first=1, every=10_000, window_seconds=_CAUSE_LOG_SECONDS)
 
@@ -155,7 +155,7 @@ class SignedCalls:
 
     def format_with_cause(self, code: str) -> str:
         """Return a problem code, followed by the cause if the last call failed with this code."""
-        return f"{code}: {self._last_cause}" if self._last_cause and code == self.last_error_code else code
+        return f"{code}: {self._last_cause}" if self._last_cause and code == self.last_problem_code else code
 
     async def send(
         self, key: TaskKey, pair: KeyPair, *, number: int, on_upstream_done: Callable[[], None] = lambda: None
@@ -235,7 +235,7 @@ class SignedCalls:
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
             body, redact = response.body, self._redactor
-            # Search a small body for secrets: quickly at first, exactly below. `_send` searches a large body.
+            # Search a small body for secrets: quickly here, and exactly later. `_send` searches a large one.
             may_leak = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
                 body, response.request_headers["x-ca-signature"]
             )
@@ -272,7 +272,7 @@ class SignedCalls:
         operation = key.operation
         outcome = UpstreamTimeout.code  # remains if the query's deadline cancels the call
         # A cancelled call has no cause. Keep the one of the previous call, if that call timed out.
-        cause = self._last_cause if self.last_error_code == outcome else ""
+        cause = self._last_cause if self.last_problem_code == outcome else ""
         started = time.perf_counter()
         received: HttpResponse | None = None
         reuse_connection = False
@@ -316,7 +316,7 @@ class SignedCalls:
             if received is not None:
                 self._transport.release_connection(received, reuse=reuse_connection)
             span.outcome = outcome
-            self.last_error_code = None if outcome in {"ok", UpstreamRejected.code} else outcome
+            self.last_problem_code = None if outcome in {"ok", UpstreamRejected.code} else outcome
             self._last_cause = cause
             self._request_counter(operation, outcome)()
             self._observe_duration[operation](time.perf_counter() - started)

@@ -102,13 +102,13 @@ class WatchHub:
 
         Do not `await` between the end of this context and `subscribe`. Raises: Overloaded.
         """
-        new = sum(map(self.is_new, keys))
+        new = sum(map(self.adds_unanswered_task, keys))
         if not self.unanswered_tasks.has_room(client, new):
             raise too_many_tasks()
         with self.unanswered_tasks.counted(client, new):
             yield
 
-    def is_new(self, key: TaskKey) -> bool:
+    def adds_unanswered_task(self, key: TaskKey) -> bool:
         """Tell whether a task is not watched yet, and the store has no snapshot of it, however old."""
         return key not in self._watched and self._last_known(key) is None
 
