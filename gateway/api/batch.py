@@ -144,11 +144,11 @@ class BatchEndpoint:
         if not missing:
             return list(cached.values())
         client, unanswered = client_key(scope), self._hub.unanswered_tasks
-        new = [key for key in missing if self._hub.adds_unanswered_task(key)]
+        new = [key for key in missing if self._hub.would_add_unanswered_task(key)]
         refused: dict[TaskKey, LookupFailure] = {}
         if not unanswered.has_room(client, len(new)):
             failure = too_many_tasks()
-            refused = {key: self._service.count_refused_lookup(key, failure) for key in new}
+            refused = {key: self._service.refuse_lookup(key, failure) for key in new}
             if not others_known and [each.failure for each in refused.values()] == [failure] * len(keys):
                 raise too_many_tasks()  # a new one: the traceback of `failure` would refer to `refused`
         queried = [key for key in missing if key not in refused]
@@ -196,7 +196,7 @@ class BatchEndpoint:
         Raises: ClientDisconnect when the client disconnects first, Overloaded when all tasks would fail.
         """
         client = client_key(scope)
-        new = {key for key in keys if self._hub.adds_unanswered_task(key)}
+        new = {key for key in keys if self._hub.would_add_unanswered_task(key)}
         has_room = self._hub.unanswered_tasks.has_room(client, len(new))
         # If all tasks are new, `counted_as_unanswered` refuses them.
         watched = keys if has_room else [key for key in keys if key not in new] or keys

@@ -114,7 +114,7 @@ class CachedResponses:
     ) -> None:
         self._service = service
         self._lookup = service.lookup
-        self._count_if_reusable = service.count_if_reusable
+        self._may_serve_again = service.may_serve_again
         self._tags = tags
         self._parse_target = SimpleTargetParser(operations, root_path=root_path).parse
         self._hosts = hosts
@@ -244,7 +244,7 @@ class CachedResponses:
 
     def _is_current(self, hit: CachedResponse, now: float) -> bool:
         entry = hit.result.entry
-        return entry is not None and self._count_if_reusable(entry, now)
+        return entry is not None and self._may_serve_again(entry, now)
 
     def _sample(self, status: int, labels: OutcomeLabels) -> LogSeries:
         return self._log_sampler.kind(sampling_key(_ROUTE, status, None, labels))

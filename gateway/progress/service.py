@@ -114,7 +114,7 @@ class ProgressService:
         self._metrics.record_age(snapshot, age)
         return result._replace(entry=entry)
 
-    def count_if_reusable(self, entry: CacheEntry, now: float) -> bool:
+    def may_serve_again(self, entry: CacheEntry, now: float) -> bool:
         """Tell whether an entry from an earlier `lookup` may be served again at `now`; if so, count a lookup.
 
         The method does not check whether the refresh of a stale snapshot has failed. So the calling code
@@ -158,7 +158,7 @@ class ProgressService:
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
-    def count_refused_lookup(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
+    def refuse_lookup(self, key: TaskKey, failure: GatewayError) -> LookupFailure:
         """Count a lookup that is refused; return the cached failure of the task, or else `failure`."""
         self._metrics.count(key.operation, CacheStatus.NEGATIVE)
         return LookupFailure(key, self._store.cached_failure(key) or failure, CacheStatus.NEGATIVE)

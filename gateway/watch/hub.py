@@ -102,13 +102,13 @@ class WatchHub:
 
         Do not `await` between the end of this context and `subscribe`. Raises: Overloaded.
         """
-        new = sum(map(self.adds_unanswered_task, keys))
+        new = sum(map(self.would_add_unanswered_task, keys))
         if not self.unanswered_tasks.has_room(client, new):
             raise too_many_tasks()
         with self.unanswered_tasks.counted(client, new):
             yield
 
-    def adds_unanswered_task(self, key: TaskKey) -> bool:
+    def would_add_unanswered_task(self, key: TaskKey) -> bool:
         """Tell whether a task is not watched yet, and the store has no snapshot of it, however old."""
         return key not in self._watched and self._last_known(key) is None
 
@@ -200,8 +200,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or published.is_final
         if can_send and not watched.not_found:
-            # Only `servable_result` has a large body. Send it if it has the published content. It has another
-            # one if the store has lost the published snapshot of an ended task.
+            # Only `servable_result` has a large body. Send it if it has the published content.
+            # The contents differ if the store has lost the published snapshot of an ended task.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_notice(watched, [subscriber])

@@ -301,7 +301,7 @@ class Promises(RuleBasedStateMachine):
         key, entry = list(self.found.items())[number % len(self.found)]
         self.upstream.stories[key].prompted = True
         now = self.loop.time()
-        if self.loop.within(partial(self.service.count_if_reusable, entry, now)):
+        if self.loop.within(partial(self.service.may_serve_again, entry, now)):
             snapshot = entry.snapshot
             source = CacheStatus.HIT if snapshot.fresh(now) else CacheStatus.STALE
             self._judge(key, LookupSuccess(snapshot, now - snapshot.fetched_at, source))

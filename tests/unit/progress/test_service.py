@@ -316,13 +316,13 @@ async def test_still_current_for_as_long_as_a_lookup_succeeds(bench: Bench) -> N
     entry = cast("CacheEntry", bench.store.current_entry(KEY))
     promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
-    assert all(bench.service.count_if_reusable(entry, snapshot.fetched_at + age) for age in ages)
+    assert all(bench.service.may_serve_again(entry, snapshot.fetched_at + age) for age in ages)
     counted = {"miss": 1, "hit": 2, "stale": 2}
     assert bench.lookups() == counted
     assert bench.ages() == (5, sum(ages), 0)
-    assert not bench.service.count_if_reusable(entry, snapshot.fetched_at + promised)
+    assert not bench.service.may_serve_again(entry, snapshot.fetched_at + promised)
     bench.store.put(replace(snapshot, version=snapshot.version + 1))
-    assert not any(bench.service.count_if_reusable(entry, snapshot.fetched_at + age) for age in ages)
+    assert not any(bench.service.may_serve_again(entry, snapshot.fetched_at + age) for age in ages)
     assert bench.lookups() == counted
 
 
@@ -819,9 +819,9 @@ async def test_get_returns_a_failure_without_a_snapshot(bench: Bench, failure: G
 async def test_refusal_prefers_the_cached_failure(bench: Bench, failure: GatewayError) -> None:
     """A caller that must not wait receives the task's own failure while it is cached, and else the reason."""
     reason = Overloaded("too many")
-    assert bench.service.count_refused_lookup(KEY, reason).failure is reason
+    assert bench.service.refuse_lookup(KEY, reason).failure is reason
     await bench.fail(failure)
-    assert bench.service.count_refused_lookup(KEY, reason).failure == Alike(failure)
+    assert bench.service.refuse_lookup(KEY, reason).failure == Alike(failure)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"negative": 2, "miss": 1}
 
