@@ -79,8 +79,8 @@ class WatchHub:
             service,
             publish_unpublished=self._publish_unpublished,
             publish=self._publish,
-            set_overdue_error=self._update_overdue_error,
-            report_overdue=self._on_refresh_overdue,
+            update_overdue_error=self._update_overdue_error,
+            on_refresh_overdue=self._on_refresh_overdue,
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )

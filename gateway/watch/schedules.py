@@ -69,9 +69,9 @@ class Schedules:
     """Runs the schedules: queries each watched task through the service, and publishes the results.
 
     `publish_unpublished` publishes the task's unpublished snapshot, if there is one. `publish` publishes an
-    update. `set_overdue_error` is called after each refresh that returns a snapshot, with the error because
-    of which the update is overdue, or None. `report_overdue` is called with the reason while a refresh takes
-    too long. `clock` is that of `Snapshot.fetched_at`.
+    update. `update_overdue_error` is called after each refresh that returns a snapshot, with the error
+    because of which the update is overdue, or None. `on_refresh_overdue` is called with the reason while a
+    refresh takes too long. `clock` is that of `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -80,16 +80,16 @@ class Schedules:
         *,
         publish_unpublished: Callable[[TaskKey], None],
         publish: Callable[[Update], None],
-        set_overdue_error: Callable[[WatchedTask, GatewayError | None], None],
-        report_overdue: Callable[[WatchedTask, GatewayError], None],
+        update_overdue_error: Callable[[WatchedTask, GatewayError | None], None],
+        on_refresh_overdue: Callable[[WatchedTask, GatewayError], None],
         unknown_task_seconds: float,
         clock: Callable[[], float],
     ) -> None:
         self._service = service
         self._publish_unpublished = publish_unpublished
         self._publish = publish
-        self._update_overdue_error = set_overdue_error
-        self._on_refresh_overdue = report_overdue
+        self._update_overdue_error = update_overdue_error
+        self._on_refresh_overdue = on_refresh_overdue
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
